@@ -1,0 +1,51 @@
+"""The one conversion between stored images (uint8, 0 to 255) and the model's ([-1, 1]), and grids of images.
+
+Training, evaluation and every picture that is written use these two functions and no other constants.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_model(images: Tensor) -> Tensor:
+    """uint8 images, any shape, to float32 in [-1, 1]: 0 is -1, 255 is 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """The inverse: [-1, 1] to uint8, rounded to the nearest and clipped at both ends."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def image_grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
+    """Tiles uint8 images on white.
+
+    Args:
+        images: uint8 [N, C, H, W], C = 1 or 3.
+        columns: images a row; by default as square as N allows.
+        padding: white pixels around each.
+
+    Returns:
+        uint8 [H', W', C], row by row.
+    """
+    n, c, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    grid = torch.full(
+        (c, rows * (height + padding) + padding, columns * (width + padding) + padding), 255, dtype=torch.uint8
+    )
+    for k, image in enumerate(images.cpu()):
+        top = k // columns * (height + padding) + padding
+        left = k % columns * (width + padding) + padding
+        grid[:, top : top + height, left : left + width] = image
+    return grid.permute(1, 2, 0).contiguous()
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """Writes uint8 [H, W, C] (C = 1 or 3) as a PNG."""
+    array = image.cpu().numpy()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, format="PNG")
