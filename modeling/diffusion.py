@@ -61,9 +61,7 @@ class DiffusionModel(nn.Module):
             noise: [N, C, H, W], from N(0, I).
         """
         s = self.schedule
-        return (
-            gather(s.sqrt_alphas_cumprod, t, x_0) * x_0 + gather(s.sqrt_one_minus_alphas_cumprod, t, x_0) * noise
-        )
+        return gather(s.sqrt_alphas_cumprod, t, x_0) * x_0 + gather(s.sqrt_one_minus_alphas_cumprod, t, x_0) * noise
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [N, C, H, W] and variance [N, 1, 1, 1] of q(x_{t-1} | x_t, x_0), equation 7."""

@@ -1,7 +1,7 @@
 """Exponential moving average of a model's weights: the weights that are sampled from and published.
 
-Ho et al. 2020 use decay 0.9999. The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the random
-initial weights are forgotten early in a short run.
+Ho et al. 2020 use decay 0.9999. The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the
+random initial weights are forgotten early in a short run.
 """
 
 from collections.abc import Iterator

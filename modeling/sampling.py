@@ -1,8 +1,8 @@
 """Samplers: free functions that turn noise x_T into images with a trained DiffusionModel.
 
 Ancestral DDPM (Ho et al. 2020, algorithm 2) and DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502, equation 12),
-both on any subsequence of the time steps. Coefficients are computed once a step, in float64. Noise comes from a function
-of the step, so that sample k draws the same numbers in any batch: see SampleNoise.
+both on any subsequence of the time steps. Coefficients are computed once a step, in float64. Noise comes from a
+function, so that sample k draws the same numbers in any batch: see SampleNoise.
 """
 
 import math

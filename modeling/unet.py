@@ -83,7 +83,8 @@ class AttentionBlock(nn.Module):
         q, k, v = self.qkv(tokens).view(n, height * width, 3, self.num_heads, c // self.num_heads).unbind(2)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out = self.proj(out.transpose(1, 2).reshape(n, height * width, c))
-        return x + out.transpose(1, 2).reshape(n, c, height, width)
+        residual: Tensor = out.transpose(1, 2).reshape(n, c, height, width)
+        return x + residual
 
 
 class Downsample(nn.Module):
