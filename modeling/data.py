@@ -1,0 +1,213 @@
+"""Data: any image source becomes one folder of uint8 arrays, and training draws its batches from those.
+
+A prepared folder holds train.npy and test.npy (uint8 [N, H, W, C]), train_labels.npy and test_labels.npy (int64 [N]),
+and data.json with counts, shape, class names and SHA-256 of each file. The order of the images and the flips of a step
+depend on (seed, step) alone. Test images never reach a BatchSource. No normalisation here: see images.py.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modeling.errors import UserError
+from modeling.images import to_model
+from modeling.shapes import CLASSES, draw_shapes
+
+Uint8 = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+Split = tuple[Uint8, Labels]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def cifar10(root: Path) -> tuple[Split, Split, list[str]]:
+    """CIFAR-10 from `root`, downloaded there if it is missing; the files' MD5 are checked by torchvision.
+
+    Raises:
+        UserError: no complete copy and no network.
+    """
+    from torchvision.datasets import CIFAR10
+
+    def load(train: bool, download: bool) -> tuple[Split, list[str]]:
+        dataset = CIFAR10(str(root), train=train, download=download)
+        return (np.asarray(dataset.data), np.asarray(dataset.targets, np.int64)), list(dataset.classes)
+
+    try:
+        train, classes = load(True, False)
+    except RuntimeError:
+        try:
+            train, classes = load(True, True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"no complete CIFAR-10 in {root}, and it could not be downloaded ({error}): set CIFAR10_ROOT to the "
+                "folder that holds cifar-10-batches-py or cifar-10-python.tar.gz, or use data=shapes, which needs none"
+            ) from None
+    return train, load(False, False)[0], classes
+
+
+def folder(path: Path, test_fraction: float) -> tuple[Split, Split, list[str]]:
+    """A user's own images of one size; sub-folders, if any, are the classes.
+
+    A share `test_fraction` of the images, chosen at random, is set aside for testing.
+
+    Raises:
+        UserError: no images, an unreadable file, mixed sizes, or too few images for both splits.
+    """
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"no images in {path}: it must hold files that end in {', '.join(IMAGE_SUFFIXES)}")
+    images = [_read_image(file) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            raise UserError(
+                f"{file} is {image.shape[1]} x {image.shape[0]} pixels, {files[0]} is {images[0].shape[1]} x "
+                f"{images[0].shape[0]}: all images must have one size"
+            )
+    classes = sorted({str(f.parent.relative_to(path)) for f in files})
+    labels = np.array([classes.index(str(f.parent.relative_to(path))) for f in files], np.int64)
+    order = np.random.default_rng(0).permutation(len(files))
+    num_test = max(1, round(test_fraction * len(files)))
+    if num_test >= len(files):
+        raise UserError(f"{path} holds {len(files)} images: too few to set {num_test} aside for testing")
+    stacked = np.stack(images)
+    test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
+    return (stacked[train], labels[train]), (stacked[test], labels[test]), classes
+
+
+def _read_image(file: Path) -> Uint8:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} cannot be read as an image: {error}") from None
+
+
+def shapes(num_train: int, num_test: int, image_size: int, seed: int) -> tuple[Split, Split, list[str]]:
+    """The embedded synthetic data set, see shapes.py."""
+    return (
+        draw_shapes(num_train, image_size, seed, split=0),
+        draw_shapes(num_test, image_size, seed, split=1),
+        list(CLASSES),
+    )
+
+
+def write_prepared(target: Path, train: Split, test: Split, classes: Sequence[str]) -> dict[str, Any]:
+    """Writes a prepared folder, whole or not at all, and returns what data.json holds.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        meta: dict[str, Any] = {"classes": list(classes), "shape": list(train[0].shape[1:]), "sha256": {}}
+        for name, (images, labels) in (("train", train), ("test", test)):
+            meta[f"num_{name}"] = len(images)
+            for stem, array in ((name, images), (f"{name}_labels", labels)):
+                np.save(partial / f"{stem}.npy", np.ascontiguousarray(array))
+                meta["sha256"][stem] = _sha256(partial / f"{stem}.npy")
+        (partial / "data.json").write_text(json.dumps(meta, indent=2) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"the data folder {target} cannot be written: {error}") from None
+    return meta
+
+
+def read_prepared(source: Path) -> dict[str, Any]:
+    """What data.json of a prepared folder says.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        meta: dict[str, Any] = json.loads((source / "data.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"no prepared data in {source} ({error}): run stage=prepare first") from None
+    return meta
+
+
+def load_split(source: Path, split: str) -> Tensor:
+    """The images of a prepared folder, memory-mapped.
+
+    Args:
+        source: a prepared folder.
+        split: "train" or "test".
+
+    Returns:
+        uint8 [N, C, H, W], a view of the file's [N, H, W, C].
+    """
+    # "c" maps copy-on-write: the tensor may be written to, the file never is.
+    array = np.load(source / f"{split}.npy", mmap_mode="c")
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def step_seed(seed: int, stream: str, step: int) -> int:
+    """A 63-bit seed for what happens in one step; streams of different names never meet."""
+    key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big")
+    words = np.random.SeedSequence([seed, key, step]).generate_state(2, np.uint32)
+    return (int(words[0]) << 31) ^ int(words[1])
+
+
+class BatchSource:
+    """Draws the training batches: every epoch is a permutation, and a batch may span two epochs.
+
+    Args:
+        images: uint8 [N, C, H, W] on the device that trains, or memory-mapped.
+        batch_size: global.
+        seed: of the order and the flips.
+        random_flip: mirror each image left to right with probability 1/2.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, random_flip: bool) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.random_flip = random_flip
+        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+
+    def _draw_permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, "order", epoch))
+        return torch.randperm(len(self.images), generator=generator)
+
+    def indices(self, step: int) -> Tensor:
+        """int64 [B]: which images step `step` (0-based) trains on."""
+        start, n = step * self.batch_size, len(self.images)
+        parts = []
+        position, end = start, start + self.batch_size
+        while position < end:
+            epoch, offset = divmod(position, n)
+            take = min(end - position, n - offset)
+            parts.append(self._permutation(epoch)[offset : offset + take])
+            position += take
+        return torch.cat(parts)
+
+    def batch(self, step: int) -> Tensor:
+        """float32 [B, C, H, W] in [-1, 1], on the device of the images."""
+        x_0 = to_model(self.images[self.indices(step).to(self.images.device)])
+        if self.random_flip:
+            generator = torch.Generator().manual_seed(step_seed(self.seed, "flip", step))
+            flip = torch.rand(self.batch_size, generator=generator).to(x_0.device) < 0.5
+            x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
+        return x_0

@@ -1,0 +1,189 @@
+"""Sources, prepared folders, and the order of the batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling import data
+from modeling.data import BatchSource, load_split, read_prepared, step_seed, write_prepared
+from modeling.errors import UserError
+from modeling.images import to_model
+from modeling.shapes import CLASSES, COLOURS, draw_shapes
+
+
+def split(n, size=4, offset=0):
+    images = (np.arange(n * size * size * 3) + offset).astype(np.uint8).reshape(n, size, size, 3)
+    return images, np.arange(n, dtype=np.int64) % 2
+
+
+def test_prepared_round_trip(tmp_path):
+    meta = write_prepared(tmp_path / "x", split(5), split(2, offset=7), ["a", "b"])
+    assert meta == read_prepared(tmp_path / "x")
+    assert (meta["num_train"], meta["num_test"], meta["shape"]) == (5, 2, [4, 4, 3])
+    images = load_split(tmp_path / "x", "train")
+    assert images.shape == (5, 3, 4, 4) and images.dtype == torch.uint8
+    assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(split(5)[0]))
+    again = write_prepared(tmp_path / "x", split(5), split(2, offset=7), ["a", "b"])
+    assert again == meta and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_prepared_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_prepared(tmp_path / "file" / "x", split(2), split(1), ["a"])
+
+
+def test_missing_prepared_folder(tmp_path):
+    with pytest.raises(UserError, match="stage=prepare"):
+        read_prepared(tmp_path)
+
+
+def test_shapes_are_a_function_of_the_seed_and_splits_differ():
+    first, labels = draw_shapes(20, 32, 3, 0)
+    longer, _ = draw_shapes(30, 32, 3, 0)
+    assert np.array_equal(first, longer[:20])
+    assert labels.tolist() == list(range(10)) * 2
+    assert not np.array_equal(first, draw_shapes(20, 32, 3, 1)[0])
+    assert not np.array_equal(first, draw_shapes(20, 32, 4, 0)[0])
+
+
+def test_every_class_has_its_colour_and_its_shape():
+    images, _ = draw_shapes(10, 32, 0, 0)
+    for image, name in zip(images, CLASSES, strict=True):
+        brightest = image[tuple(np.argwhere(image.sum(2) == image.sum(2).max())[0])] / 255
+        ratio = brightest / np.array(COLOURS[name])
+        assert np.allclose(ratio, ratio[0], atol=0.03) and 0.84 < ratio[0] < 1.01, name
+        inside = (image.max(2) > 100).mean()
+        assert 0.03 < inside < 0.5, name
+
+
+def test_shapes_source():
+    (train, _), (test, _), classes = data.shapes(30, 10, 16, 0)
+    assert train.shape == (30, 16, 16, 3) and test.shape == (10, 16, 16, 3) and len(classes) == 10
+
+
+def write_images(path, sizes):
+    path.mkdir(parents=True, exist_ok=True)
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (i, 2 * i, 255 - i)).save(path / f"{i:03}.png")
+
+
+def test_folder_source(tmp_path):
+    write_images(tmp_path / "cat", [(6, 4)] * 6)
+    write_images(tmp_path / "dog", [(6, 4)] * 4)
+    (train, train_labels), (test, test_labels), classes = data.folder(tmp_path, 0.2)
+    assert classes == ["cat", "dog"] and train.shape == (8, 4, 6, 3) and test.shape == (2, 4, 6, 3)
+    assert sorted([*train_labels, *test_labels]) == [0] * 6 + [1] * 4
+    seen = {(*tuple(i[0, 0]), label) for i, label in zip([*train, *test], [*train_labels, *test_labels], strict=True)}
+    assert len(seen) == 10, "each image is in exactly one split"
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(UserError, match="no images in"):
+        data.folder(tmp_path, 0.1)
+    write_images(tmp_path, [(4, 4)])
+    with pytest.raises(UserError, match="too few"):
+        data.folder(tmp_path, 0.1)
+    write_images(tmp_path, [(4, 4), (4, 4), (8, 4)])
+    with pytest.raises(UserError, match=r"002\.png is 8 x 4 pixels.*one size"):
+        data.folder(tmp_path, 0.1)
+    (tmp_path / "000.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"000\.png cannot be read"):
+        data.folder(tmp_path, 0.1)
+
+
+def test_cifar10_absent_and_no_network(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    with pytest.raises(UserError, match=r"CIFAR10_ROOT.*data=shapes"):
+        data.cifar10(tmp_path)
+
+
+@pytest.fixture
+def tiny_cifar10(tmp_path, monkeypatch):
+    """The official layout at a tiny size, with its own checksums, read by torchvision's own loader."""
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+
+    def write(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
+
+    def batch(offset, n):
+        return {"data": (np.arange(n * 3072) + offset).astype(np.uint8).reshape(n, 3072), "labels": [0, 1] * (n // 2)}
+
+    monkeypatch.setattr(CIFAR10, "train_list", [write(f"data_batch_{i}", batch(i, 4)) for i in (1, 2)])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(9, 2))])
+    name, md5 = write("batches.meta", {"label_names": ["cat", "dog"]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    return tmp_path
+
+
+def test_cifar10_source(tiny_cifar10):
+    (train, labels), (test, _), classes = data.cifar10(tiny_cifar10)
+    assert train.shape == (8, 32, 32, 3) and test.shape == (2, 32, 32, 3) and classes == ["cat", "dog"]
+    assert train[0, 0, 1].tolist() == [2, 2, 2] and labels.tolist() == [0, 1] * 4
+
+
+def test_corrupted_cifar10_is_refused(tiny_cifar10):
+    path = tiny_cifar10 / "cifar-10-batches-py" / "data_batch_1"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="no complete CIFAR-10"):
+        data.cifar10(tiny_cifar10)
+
+
+def source(n=10, batch_size=4, flip=False, seed=0):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    return BatchSource(images, batch_size, seed, flip)
+
+
+def test_every_epoch_is_a_permutation():
+    s = source()
+    stream = torch.cat([s.indices(step) for step in range(15)])  # 60 positions, 6 epochs
+    epochs = stream.reshape(6, 10)
+    assert all(sorted(e.tolist()) == list(range(10)) for e in epochs)
+    assert len({tuple(e.tolist()) for e in epochs}) == 6
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    assert torch.equal(source(flip=True).batch(7), source(flip=True).batch(7))
+    assert not torch.equal(source(flip=True).batch(7), source(flip=True, seed=1).batch(7))
+
+
+def test_batch_larger_than_the_data_set():
+    assert torch.bincount(source(n=3, batch_size=9).indices(0)).tolist() == [3, 3, 3]
+
+
+def test_flips_mirror_left_to_right_half_of_the_time():
+    flipped, plain = source(n=400, batch_size=400, flip=True), source(n=400, batch_size=400)
+    a, b = flipped.batch(0), plain.batch(0)
+    same = (a == b).flatten(1).all(1)
+    mirrored = (a == b.flip(-1)).flatten(1).all(1)
+    assert bool((same | mirrored).all()) and 160 < int(mirrored.sum()) < 240
+    assert torch.equal(b, to_model(plain.images[plain.indices(0)]))
+
+
+def test_step_seeds_do_not_collide():
+    seeds = {step_seed(s, name, step) for s in range(3) for name in ("noise", "t") for step in range(500)}
+    assert len(seeds) == 3000 and max(seeds) < 2**63
+
+
+def test_data_json_is_plain(tmp_path):
+    write_prepared(tmp_path / "x", split(2), split(1), ["a"])
+    assert set(json.loads((tmp_path / "x" / "data.json").read_text())["sha256"]) == {
+        "train",
+        "train_labels",
+        "test",
+        "test_labels",
+    }
