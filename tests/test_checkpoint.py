@@ -1,0 +1,125 @@
+"""Atomic, verified, rotated checkpoints; the fingerprint; published models."""
+
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modeling.checkpoint import (
+    PACKAGE,
+    checkpoints,
+    code_hash,
+    fingerprint,
+    imported_files,
+    load_model,
+    load_newest,
+    save_checkpoint,
+    save_model,
+    write_atomic,
+)
+from modeling.errors import UserError
+
+
+def state(step):
+    return {"step": step, "weights": {"w": torch.full((1000,), float(step))}, "note": "x", "rates": [0.1, 0.2]}
+
+
+def test_round_trip_and_rotation(tmp_path):
+    assert load_newest(tmp_path) is None
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, state(step))
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000000002.pt", "step-000000010.pt"]
+    assert len(list(tmp_path.iterdir())) == 2
+    loaded = load_newest(tmp_path)
+    assert loaded["step"] == 10 and torch.equal(loaded["weights"]["w"], state(10)["weights"]["w"])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[content.find(torch.full((8,), 2.0).numpy().tobytes())] ^= 1  # within the weights
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def malicious(path):
+    class Run:
+        def __reduce__(self):
+            return os.system, (f"touch {path.parent / 'hacked'}",)
+
+    torch.save({"x": Run()}, path, pickle_module=pickle)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, malicious])
+def test_a_damaged_checkpoint_is_skipped(tmp_path, damage, caplog):
+    save_checkpoint(tmp_path, 1, state(1))
+    damage(save_checkpoint(tmp_path, 2, state(2)))
+    with caplog.at_level(logging.WARNING):
+        assert load_newest(tmp_path)["step"] == 1
+    assert "step-000000002.pt is damaged" in caplog.text
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"step-000000001.pt cannot be written"):
+        save_checkpoint(tmp_path / "file", 1, state(1))
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomic(tmp_path / "file" / "x", b"")
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()  # a folder cannot be replaced by a file
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomic(target, b"new")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_import_cycles_end(tmp_path):
+    package = tmp_path / "modeling"
+    package.mkdir()
+    (package / "a.py").write_text("from modeling.b import x")
+    (package / "b.py").write_text("from modeling.a import y")
+    assert [p.stem for p in imported_files("a", package)] == ["a", "b"]
+
+
+def test_fingerprint_is_stable_and_sensitive():
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert len(fingerprint({})) == 16
+
+
+def test_imported_files_follow_the_import_graph():
+    names = {p.stem for p in imported_files("sampling")}
+    assert names == {"sampling", "diffusion", "schedule"}
+    assert PACKAGE / "shapes.py" in imported_files("data")
+    assert code_hash("sampling") != code_hash("diffusion")
+
+
+def test_model_round_trip(tmp_path):
+    path = tmp_path / "models" / "model.safetensors"
+    save_model(path, {"w": torch.arange(6.0).reshape(2, 3).T}, {"model": {"name": "tiny"}})
+    tensors, config = load_model(path)
+    assert torch.equal(tensors["w"], torch.arange(6.0).reshape(2, 3).T) and config == {"model": {"name": "tiny"}}
+
+
+def test_bad_model_files(tmp_path):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(UserError, match="no model in"):
+        load_model(path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(path)
+    save_file({"w": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="carries no configuration"):
+        load_model(path)
