@@ -1,0 +1,324 @@
+"""The configuration: one dataclass a group, and every check of what a user may type.
+
+The only module that sees a DictConfig. Types and unknown keys are checked by OmegaConf against the dataclasses; ranges
+and what must fit together, here. Whatever is wrong raises UserError with one line that names the key.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from modeling.errors import UserError
+
+STAGES = ("all", "prepare", "train", "sample", "evaluate")
+
+
+@dataclass
+class Cifar10Config:
+    name: str
+
+
+@dataclass
+class ShapesConfig:
+    name: str
+    num_train: int
+    num_test: int
+    image_size: int
+    seed: int
+
+
+@dataclass
+class FolderConfig:
+    name: str
+    path: str
+    test_fraction: float
+
+
+@dataclass
+class ModelConfig:
+    name: str
+    model_channels: int
+    channel_mult: list[int]
+    num_res_blocks: int
+    attention_resolutions: list[int]
+    num_heads: int
+    dropout: float
+    norm_groups: int
+    weights: str | None = None
+
+
+@dataclass
+class LinearConfig:
+    schedule: str
+    num_timesteps: int
+    beta_start: float
+    beta_end: float
+    prediction_type: str
+    variance: str
+
+
+@dataclass
+class CosineConfig:
+    schedule: str
+    num_timesteps: int
+    prediction_type: str
+    variance: str
+
+
+@dataclass
+class _OptimizerConfig:
+    name: str
+    lr: float
+    warmup_steps: int
+    lr_decay: str
+    grad_clip: float | None
+
+
+@dataclass
+class AdamConfig(_OptimizerConfig):
+    betas: list[float] = field(default_factory=list)
+    eps: float = 1e-8
+
+
+@dataclass
+class AdamWConfig(AdamConfig):
+    weight_decay: float = 0.0
+
+
+@dataclass
+class SGDConfig(_OptimizerConfig):
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class TrainerConfig:
+    steps: int
+    batch_size: int
+    ema_decay: float
+    random_flip: bool
+    timestep_sampling: str
+    precision: str
+    device: str
+    log_every: int
+    evaluate_every: int
+    evaluate_images: int
+    sample_every: int
+    sample_images: int
+    sample_steps: int
+    checkpoint_every: int
+
+
+@dataclass
+class DDPMConfig:
+    name: str
+    steps: int
+    clip_denoised: bool
+    num_samples: int
+    batch_size: int
+    seed: int
+
+
+@dataclass
+class DDIMConfig(DDPMConfig):
+    eta: float = 0.0
+
+
+@dataclass
+class EvaluationConfig:
+    batch_size: int
+    bpd_images: int | None
+
+
+@dataclass
+class WandbConfig:
+    mode: str
+    project: str
+    entity: str | None
+    timeout: float
+
+
+DataConfig = Cifar10Config | ShapesConfig | FolderConfig
+DiffusionConfig = LinearConfig | CosineConfig
+OptimizerConfig = AdamConfig | AdamWConfig | SGDConfig
+
+
+@dataclass
+class Config:
+    stage: str
+    out_dir: str | None
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    sampler: DDPMConfig
+    evaluation: EvaluationConfig
+    wandb: WandbConfig
+
+
+# Groups whose keys depend on a choice: the key that chooses, and the dataclass of each choice.
+CHOICES: dict[str, tuple[str, dict[str, type]]] = {
+    "data": ("name", {"cifar10": Cifar10Config, "shapes": ShapesConfig, "folder": FolderConfig}),
+    "diffusion": ("schedule", {"linear": LinearConfig, "cosine": CosineConfig}),
+    "optimizer": ("name", {"adam": AdamConfig, "adamw": AdamWConfig, "sgd": SGDConfig}),
+    "sampler": ("name", {"ddpm": DDPMConfig, "ddim": DDIMConfig}),
+}
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "trainer": TrainerConfig,
+    "evaluation": EvaluationConfig,
+    "wandb": WandbConfig,
+}
+
+
+def load_config(cfg: DictConfig) -> Config:
+    """Checks a composed configuration and turns it into dataclasses.
+
+    Raises:
+        UserError: a key that does not exist, a wrong type, a value out of range; the message names the key.
+    """
+    allowed = {"stage", "out_dir", "seed", "experiment", *CHOICES, *GROUPS}
+    for key in cfg:
+        _require(key in allowed, str(key), "no such key", f"allowed are {', '.join(sorted(allowed))}")
+    groups: dict[str, Any] = {}
+    for group in (*CHOICES, *GROUPS):
+        _require(isinstance(cfg.get(group), DictConfig), group, cfg.get(group), "a group of keys is expected")
+        groups[group] = _structured(group, cfg[group])
+    top = _merge("", {"stage": str, "seed": int}, {"stage": cfg.get("stage"), "seed": cfg.get("seed")})
+    config = Config(out_dir=cfg.get("out_dir"), **top, **groups)
+    _check(config)
+    return config
+
+
+def _structured(group: str, node: DictConfig) -> Any:
+    schema = GROUPS.get(group)
+    if schema is None:
+        key, choices = CHOICES[group]
+        choice = node.get(key)
+        _require(choice in choices, f"{group}.{key}", choice, f"allowed are {', '.join(choices)}")
+        schema = choices[choice]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).split("\n")[0]
+        key = f"{group}.{error.key}" if error.key is not None else group
+        raise UserError(f"{key}: {reason}") from None
+
+
+def _merge(prefix: str, types: dict[str, type], values: dict[str, Any]) -> dict[str, Any]:
+    for key, expected in types.items():
+        value = values[key]
+        _require(type(value) is expected, prefix + key, value, f"must be of type {expected.__name__}")
+    return values
+
+
+def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value}: {allowed}")
+
+
+def _positive(group: str, config: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _require(value > 0, f"{group}.{key}", value, "must be greater than 0")
+
+
+def _one_of(key: str, value: str, *allowed: str) -> None:
+    _require(value in allowed, key, value, f"allowed are {', '.join(allowed)}")
+
+
+def _check(c: Config) -> None:
+    _one_of("stage", c.stage, *STAGES)
+    _require(c.seed >= 0, "seed", c.seed, "must not be negative")
+    if isinstance(c.data, ShapesConfig):
+        _positive("data", c.data, "num_train", "num_test")
+        _require(c.data.image_size >= 8, "data.image_size", c.data.image_size, "must be at least 8 pixels")
+        _require(c.data.seed >= 0, "data.seed", c.data.seed, "must not be negative")
+    if isinstance(c.data, FolderConfig):
+        _require(0 < c.data.test_fraction < 1, "data.test_fraction", c.data.test_fraction, "must lie in (0, 1)")
+    _check_model(c.model)
+    _check_diffusion(c.diffusion)
+    _check_optimizer(c.optimizer)
+    _check_trainer(c.trainer, c.diffusion.num_timesteps)
+    s = c.sampler
+    _positive("sampler", s, "num_samples", "batch_size")
+    limit = c.diffusion.num_timesteps
+    _require(1 <= s.steps <= limit, "sampler.steps", s.steps, f"allowed are 1 to {limit}, diffusion.num_timesteps")
+    _require(s.seed >= 0, "sampler.seed", s.seed, "must not be negative")
+    if isinstance(s, DDIMConfig):
+        _require(0 <= s.eta <= 1, "sampler.eta", s.eta, "must lie in [0, 1]")
+    _positive("evaluation", c.evaluation, "batch_size")
+    n = c.evaluation.bpd_images
+    _require(n is None or n > 1, "evaluation.bpd_images", n, "must be at least 2, or null for all")
+    _one_of("wandb.mode", c.wandb.mode, "online", "offline", "disabled")
+    _positive("wandb", c.wandb, "timeout")
+
+
+def _check_model(m: ModelConfig) -> None:
+    _positive("model", m, "model_channels", "num_res_blocks", "num_heads", "norm_groups")
+    _require(bool(m.channel_mult) and min(m.channel_mult) > 0, "model.channel_mult", m.channel_mult, "must be positive")
+    fits = m.model_channels % m.norm_groups == 0
+    _require(fits, "model.norm_groups", m.norm_groups, f"must divide model.model_channels={m.model_channels}")
+    heads_fit = all(mult * m.model_channels % m.num_heads == 0 for mult in m.channel_mult)
+    _require(heads_fit, "model.num_heads", m.num_heads, "must divide the channels at every resolution")
+    _require(
+        m.model_channels % 2 == 0 and m.model_channels >= 4, "model.model_channels", m.model_channels, "must be even"
+    )
+    _require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must lie in [0, 1)")
+
+
+def check_image_size(m: ModelConfig, height: int, width: int) -> None:
+    """Checks that the network fits the images, once the data is known.
+
+    Raises:
+        UserError: not square, not divisible by the downsampling, or attention at a resolution that does not occur.
+    """
+    _require(height == width, "data", f"{width} x {height} pixels", "the images must be square")
+    factor = 2 ** (len(m.channel_mult) - 1)
+    why = f"the images are {height} pixels high, which must be divisible by {factor} for {len(m.channel_mult)} resolutions"
+    _require(height % factor == 0, "model.channel_mult", m.channel_mult, why)
+    sizes = [height >> level for level in range(len(m.channel_mult))]
+    for size in m.attention_resolutions:
+        _require(size in sizes, "model.attention_resolutions", size, f"the resolutions are {sizes}")
+
+
+def _check_diffusion(d: DiffusionConfig) -> None:
+    _positive("diffusion", d, "num_timesteps")
+    if isinstance(d, LinearConfig):
+        _require(0 < d.beta_start < 1, "diffusion.beta_start", d.beta_start, "must lie in (0, 1)")
+        _require(0 < d.beta_end < 1, "diffusion.beta_end", d.beta_end, "must lie in (0, 1)")
+        _require(
+            d.beta_start < d.beta_end, "diffusion.beta_start", d.beta_start, f"must be below beta_end={d.beta_end}"
+        )
+    _one_of("diffusion.prediction_type", d.prediction_type, "epsilon")
+    _one_of("diffusion.variance", d.variance, "fixed_large", "fixed_small")
+
+
+def _check_optimizer(o: OptimizerConfig) -> None:
+    _positive("optimizer", o, "lr")
+    _require(o.warmup_steps >= 0, "optimizer.warmup_steps", o.warmup_steps, "must not be negative")
+    _one_of("optimizer.lr_decay", o.lr_decay, "none", "cosine", "linear")
+    _require(o.grad_clip is None or o.grad_clip > 0, "optimizer.grad_clip", o.grad_clip, "must be above 0, or null")
+    if isinstance(o, AdamConfig):
+        good = len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas)
+        _require(good, "optimizer.betas", o.betas, "must be two numbers in [0, 1)")
+        _positive("optimizer", o, "eps")
+    else:
+        _require(0 <= o.momentum < 1, "optimizer.momentum", o.momentum, "must lie in [0, 1)")
+    if isinstance(o, AdamWConfig | SGDConfig):
+        _require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, "must not be negative")
+
+
+def _check_trainer(t: TrainerConfig, num_timesteps: int) -> None:
+    positive = ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_images", "sample_every")
+    _positive("trainer", t, *positive, "sample_images", "checkpoint_every")
+    _require(0 <= t.ema_decay < 1, "trainer.ema_decay", t.ema_decay, "must lie in [0, 1)")
+    _one_of("trainer.timestep_sampling", t.timestep_sampling, "uniform", "stratified")
+    _one_of("trainer.precision", t.precision, "auto", "bf16", "fp32")
+    _one_of("trainer.device", t.device, "auto", "cpu", "cuda")
+    allowed = f"allowed are 1 to {num_timesteps}, diffusion.num_timesteps"
+    _require(1 <= t.sample_steps <= num_timesteps, "trainer.sample_steps", t.sample_steps, allowed)

@@ -1,0 +1,144 @@
+"""The shipped configuration composes and is valid; whatever a user may get wrong is one line that names the key."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from modeling.config import AdamWConfig, DDIMConfig, SGDConfig, check_image_size, load_config
+from modeling.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def load(*overrides):
+    return load_config(composed(*overrides))
+
+
+def test_defaults_are_the_papers():
+    c = load()
+    assert (c.optimizer.lr, c.optimizer.warmup_steps, c.optimizer.grad_clip) == (2e-4, 5000, 1.0)
+    assert (c.trainer.steps, c.trainer.batch_size, c.trainer.ema_decay, c.trainer.random_flip) == (
+        800_000,
+        128,
+        0.9999,
+        True,
+    )
+    assert (c.diffusion.num_timesteps, c.diffusion.beta_start, c.diffusion.beta_end) == (1000, 1e-4, 0.02)
+    assert c.model.dropout == 0.1 and c.data.name == "cifar10"
+
+
+GROUP_FILES = sorted(f for f in CONF.glob("*/*.yaml") if f.parent.name not in ("experiment",))
+
+
+@pytest.mark.parametrize("file", GROUP_FILES, ids=lambda f: f"{f.parent.name}={f.stem}")
+def test_every_group_file_is_valid(file):
+    extra = ["data.path=/some/where"] if file.stem == "folder" else []
+    load(f"{file.parent.name}={file.stem}", *extra)
+
+
+def test_choices_get_their_own_keys():
+    assert isinstance(load("optimizer=adamw").optimizer, AdamWConfig)
+    c = load("optimizer=sgd", "optimizer.momentum=0.95", "sampler=ddim", "sampler.eta=0.5")
+    assert isinstance(c.optimizer, SGDConfig) and c.optimizer.momentum == 0.95
+    assert isinstance(c.sampler, DDIMConfig) and c.sampler.eta == 0.5
+
+
+BAD = {
+    "+optimizer.momentum=0.9": "optimizer.momentum: Key 'momentum' not in 'AdamConfig'",
+    "+sampler.eta=0.5": "sampler.eta: Key 'eta' not in 'DDPMConfig'",
+    "+trainer.speed=9": "trainer.speed: Key 'speed' not in 'TrainerConfig'",
+    "+nonsense=1": "nonsense=no such key: allowed are data, diffusion",
+    "stage=fly": "stage=fly: allowed are all, prepare, train, sample, evaluate",
+    "seed=x": "seed=x: must be of type int",
+    "seed=-1": "seed=-1: must not be negative",
+    "data=folder": "data.path: ",
+    "data.name=mnist": "data.name=mnist: allowed are cifar10, shapes, folder",
+    "~data": "data=None: a group of keys is expected",
+    "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
+    "trainer.batch_size=many": "trainer.batch_size: Value 'many' of type 'str' could not be converted to Integer",
+    "trainer.steps=1.5": "trainer.steps: Value '1.5' of type 'float' could not be converted to Integer",
+    "trainer.ema_decay=1": "trainer.ema_decay=1.0: must lie in [0, 1)",
+    "trainer.precision=fp8": "trainer.precision=fp8: allowed are auto, bf16, fp32",
+    "trainer.device=tpu": "trainer.device=tpu: allowed are auto, cpu, cuda",
+    "trainer.timestep_sampling=x": "trainer.timestep_sampling=x: allowed are",
+    "trainer.sample_steps=1001": "trainer.sample_steps=1001: allowed are 1 to 1000",
+    "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: must be greater than 0",
+    "diffusion.beta_start=0": "diffusion.beta_start=0.0: must lie in (0, 1)",
+    "diffusion.beta_end=1": "diffusion.beta_end=1.0: must lie in (0, 1)",
+    "diffusion.beta_start=0.5": "diffusion.beta_start=0.5: must be below beta_end=0.02",
+    "diffusion.prediction_type=x": "diffusion.prediction_type=x: allowed are epsilon",
+    "diffusion.variance=x": "diffusion.variance=x: allowed are",
+    "optimizer.lr=-1": "optimizer.lr=-1.0: must be greater than 0",
+    "optimizer.lr_decay=step": "optimizer.lr_decay=step: allowed are none, cosine, linear",
+    "optimizer.warmup_steps=-1": "optimizer.warmup_steps=-1: must not be negative",
+    "optimizer.grad_clip=0": "optimizer.grad_clip=0.0: must be above 0, or null",
+    "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: must be two numbers",
+    "optimizer.betas=[0.9,1.0]": "optimizer.betas=[0.9, 1.0]: must be two numbers",
+    "sampler.steps=1001": "sampler.steps=1001: allowed are 1 to 1000",
+    "sampler.seed=-1": "sampler.seed=-1: must not be negative",
+    "sampler.num_samples=0": "sampler.num_samples=0: must be greater than 0",
+    "evaluation.bpd_images=0": "evaluation.bpd_images=0: must be at least 2",
+    "wandb.mode=on": "wandb.mode=on: allowed are online, offline, disabled",
+    "wandb.timeout=0": "wandb.timeout=0.0: must be greater than 0",
+    "model.model_channels=100": "model.norm_groups=32: must divide model.model_channels=100",
+    "model.channel_mult=[]": "model.channel_mult=[]: must be positive",
+    "model.num_heads=3": "model.num_heads=3: must divide the channels",
+    "model.dropout=1": "model.dropout=1.0: must lie in [0, 1)",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_value_is_one_line_that_names_the_key(override):
+    with pytest.raises(UserError) as caught:
+        load(override)
+    assert str(caught.value).startswith(BAD[override]) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=shapes", "data.image_size=4"], "data.image_size=4: must be at least 8"),
+        (["data=shapes", "data.num_test=0"], "data.num_test=0: must be greater than 0"),
+        (["data=shapes", "data.seed=-1"], "data.seed=-1: must not be negative"),
+        (["data=folder", "data.path=x", "data.test_fraction=1"], "data.test_fraction=1.0: must lie in (0, 1)"),
+        (["optimizer=sgd", "optimizer.momentum=1"], "optimizer.momentum=1.0: must lie in [0, 1)"),
+        (["optimizer=adamw", "optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0: must not be negative"),
+        (["sampler=ddim", "sampler.eta=2"], "sampler.eta=2.0: must lie in [0, 1]"),
+        (["model.norm_groups=1", "model.model_channels=7"], "model.model_channels=7: must be even"),
+    ],
+)
+def test_bad_value_in_a_choice(overrides, message):
+    with pytest.raises(UserError) as caught:
+        load(*overrides)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_string_in_place_of_a_group_is_refused():
+    cfg = composed()
+    OmegaConf.set_struct(cfg, False)
+    cfg.model = "large"
+    with pytest.raises(UserError, match="model=large: a group of keys is expected"):
+        load_config(cfg)
+
+
+def test_the_network_must_fit_the_images():
+    model = load().model
+    check_image_size(model, 32, 32)
+    for size, message in (
+        ((32, 16), "must be square"),
+        ((36, 36), "divisible by 8"),
+        ((64, 64), None),
+        ((24, 24), "are"),
+    ):
+        if message is None:
+            check_image_size(model, *size)
+        else:
+            with pytest.raises(UserError, match=message):
+                check_image_size(model, *size)
