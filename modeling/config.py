@@ -279,7 +279,7 @@ def check_image_size(m: ModelConfig, height: int, width: int) -> None:
     """
     _require(height == width, "data", f"{width} x {height} pixels", "the images must be square")
     factor = 2 ** (len(m.channel_mult) - 1)
-    why = f"the images are {height} pixels high, which must be divisible by {factor} for {len(m.channel_mult)} resolutions"
+    why = f"images of {height} pixels must be divisible by {factor}, for {len(m.channel_mult)} resolutions"
     _require(height % factor == 0, "model.channel_mult", m.channel_mult, why)
     sizes = [height >> level for level in range(len(m.channel_mult))]
     for size in m.attention_resolutions:
