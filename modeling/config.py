@@ -1,7 +1,7 @@
 """The configuration: one dataclass a group, and every check of what a user may type.
 
 The only module that sees a DictConfig. Types and unknown keys are checked by OmegaConf against the dataclasses; ranges
-and what must fit together, here. Whatever is wrong raises UserError with one line that names the key.
+and what must fit together, here. Whatever is wrong raises ConfigError with one line that names the key.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from modeling.errors import UserError
+from modeling.errors import ConfigError
 
 STAGES = ("all", "prepare", "train", "sample", "evaluate")
 
@@ -179,7 +179,7 @@ def load_config(cfg: DictConfig) -> Config:
     """Checks a composed configuration and turns it into dataclasses.
 
     Raises:
-        UserError: a key that does not exist, a wrong type, a value out of range; the message names the key.
+        ConfigError: a key that does not exist, a wrong type, a value out of range; the message names the key.
     """
     allowed = {"stage", "out_dir", "seed", "experiment", *CHOICES, *GROUPS}
     for key in cfg:
@@ -206,7 +206,7 @@ def _structured(group: str, node: DictConfig) -> Any:
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).split("\n")[0]
         key = f"{group}.{error.key}" if error.key is not None else group
-        raise UserError(f"{key}: {reason}") from None
+        raise ConfigError(f"{key}: {reason}") from None
 
 
 def _merge(prefix: str, types: dict[str, type], values: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _merge(prefix: str, types: dict[str, type], values: dict[str, Any]) -> dict[
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
     if not condition:
-        raise UserError(f"{key}={value}: {allowed}")
+        raise ConfigError(f"{key}={value}: {allowed}")
 
 
 def _positive(group: str, config: object, *keys: str) -> None:
@@ -275,7 +275,7 @@ def check_image_size(m: ModelConfig, height: int, width: int) -> None:
     """Checks that the network fits the images, once the data is known.
 
     Raises:
-        UserError: not square, not divisible by the downsampling, or attention at a resolution that does not occur.
+        ConfigError: not square, not divisible by the downsampling, or attention at a resolution that does not occur.
     """
     _require(height == width, "data", f"{width} x {height} pixels", "the images must be square")
     factor = 2 ** (len(m.channel_mult) - 1)

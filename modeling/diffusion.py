@@ -69,6 +69,16 @@ class DiffusionModel(nn.Module):
         mean = gather(s.posterior_mean_coef1, t, x_t) * x_0 + gather(s.posterior_mean_coef2, t, x_t) * x_t
         return mean, gather(s.posterior_variance, t, x_t)
 
+    def reverse_variance(self, t: Tensor, like: Tensor) -> Tensor:
+        """Variance of the reverse step p(x_{t-1} | x_t) over all T steps, [N, 1, 1, 1] in the dtype of `like`.
+
+        At t = 0 it is that of the decoder: the posterior's at t = 1, since its own is 0 (as in Ho et al.'s code).
+        """
+        s = self.schedule
+        table = (s.betas if self.variance == "fixed_large" else s.posterior_variance).clone()
+        table[0] = s.posterior_variance[1] if s.num_timesteps > 1 else s.betas[0]
+        return gather(table, t, like)
+
     def predict(self, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> Prediction:
         """The network's estimate of the clean image and of the noise.
 

@@ -1,5 +1,19 @@
-"""The one exception whose message is meant for the user: main.py prints it as one line, without a traceback."""
+"""Exceptions whose message is meant for the user: main.py prints it as one line, without a traceback, and exits."""
 
 
 class UserError(Exception):
     """Something outside the program is wrong; the message names the culprit and what is allowed."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A value of the configuration is wrong."""
+
+    exit_code = 2
+
+
+class Stopped(UserError):
+    """A signal asked for a stop and all work is saved; the same command goes on."""
+
+    exit_code = 75
