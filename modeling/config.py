@@ -1,195 +1,60 @@
-"""The configuration: one dataclass a group, and every check of what a user may type.
+"""The checks of the configuration: the only module that sees a DictConfig.
 
-The only module that sees a DictConfig. Types and unknown keys are checked by OmegaConf against the dataclasses; ranges
-and what must fit together, here. Whatever is wrong raises ConfigError with one line that names the key.
+Types and unknown keys are checked by OmegaConf against the dataclasses of settings.py; ranges and what must fit
+together, here. Whatever is wrong raises ConfigError with one line that names the key.
 """
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modeling.errors import ConfigError
+from modeling.settings import (
+    CHOICES,
+    GROUPS,
+    STAGES,
+    AdamConfig,
+    AdamWConfig,
+    Config,
+    DDIMConfig,
+    DiffusionConfig,
+    FolderConfig,
+    LinearConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SGDConfig,
+    ShapesConfig,
+    TrainerConfig,
+)
 
-STAGES = ("all", "prepare", "train", "sample", "evaluate")
-
-
-@dataclass
-class Cifar10Config:
-    name: str
-
-
-@dataclass
-class ShapesConfig:
-    name: str
-    num_train: int
-    num_test: int
-    image_size: int
-    seed: int
-
-
-@dataclass
-class FolderConfig:
-    name: str
-    path: str
-    test_fraction: float
+TOP = {"stage": str, "seed": int, "device": str, "precision": str}
 
 
-@dataclass
-class ModelConfig:
-    name: str
-    model_channels: int
-    channel_mult: list[int]
-    num_res_blocks: int
-    attention_resolutions: list[int]
-    num_heads: int
-    dropout: float
-    norm_groups: int
-    weights: str | None = None
-
-
-@dataclass
-class LinearConfig:
-    schedule: str
-    num_timesteps: int
-    beta_start: float
-    beta_end: float
-    prediction_type: str
-    variance: str
-
-
-@dataclass
-class CosineConfig:
-    schedule: str
-    num_timesteps: int
-    prediction_type: str
-    variance: str
-
-
-@dataclass
-class _OptimizerConfig:
-    name: str
-    lr: float
-    warmup_steps: int
-    lr_decay: str
-    grad_clip: float | None
-
-
-@dataclass
-class AdamConfig(_OptimizerConfig):
-    betas: list[float] = field(default_factory=list)
-    eps: float = 1e-8
-
-
-@dataclass
-class AdamWConfig(AdamConfig):
-    weight_decay: float = 0.0
-
-
-@dataclass
-class SGDConfig(_OptimizerConfig):
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-
-
-@dataclass
-class TrainerConfig:
-    steps: int
-    batch_size: int
-    ema_decay: float
-    random_flip: bool
-    timestep_sampling: str
-    precision: str
-    device: str
-    log_every: int
-    evaluate_every: int
-    evaluate_images: int
-    sample_every: int
-    sample_images: int
-    sample_steps: int
-    checkpoint_every: int
-
-
-@dataclass
-class DDPMConfig:
-    name: str
-    steps: int
-    clip_denoised: bool
-    num_samples: int
-    batch_size: int
-    seed: int
-
-
-@dataclass
-class DDIMConfig(DDPMConfig):
-    eta: float = 0.0
-
-
-@dataclass
-class EvaluationConfig:
-    batch_size: int
-    bpd_images: int | None
-
-
-@dataclass
-class WandbConfig:
-    mode: str
-    project: str
-    entity: str | None
-    timeout: float
-
-
-DataConfig = Cifar10Config | ShapesConfig | FolderConfig
-DiffusionConfig = LinearConfig | CosineConfig
-OptimizerConfig = AdamConfig | AdamWConfig | SGDConfig
-
-
-@dataclass
-class Config:
-    stage: str
-    out_dir: str | None
-    seed: int
-    data: DataConfig
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    optimizer: OptimizerConfig
-    trainer: TrainerConfig
-    sampler: DDPMConfig
-    evaluation: EvaluationConfig
-    wandb: WandbConfig
-
-
-# Groups whose keys depend on a choice: the key that chooses, and the dataclass of each choice.
-CHOICES: dict[str, tuple[str, dict[str, type]]] = {
-    "data": ("name", {"cifar10": Cifar10Config, "shapes": ShapesConfig, "folder": FolderConfig}),
-    "diffusion": ("schedule", {"linear": LinearConfig, "cosine": CosineConfig}),
-    "optimizer": ("name", {"adam": AdamConfig, "adamw": AdamWConfig, "sgd": SGDConfig}),
-    "sampler": ("name", {"ddpm": DDPMConfig, "ddim": DDIMConfig}),
-}
-GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "trainer": TrainerConfig,
-    "evaluation": EvaluationConfig,
-    "wandb": WandbConfig,
-}
-
-
-def load_config(cfg: DictConfig) -> Config:
+def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """Checks a composed configuration and turns it into dataclasses.
+
+    Args:
+        cfg: the composition.
+        overrides: what the user typed, as `group=choice` or `group.key=value`; remembered in Config.named.
 
     Raises:
         ConfigError: a key that does not exist, a wrong type, a value out of range; the message names the key.
     """
-    allowed = {"stage", "out_dir", "seed", "experiment", *CHOICES, *GROUPS}
+    allowed = {*TOP, "out_dir", "experiment", *CHOICES, *GROUPS}
     for key in cfg:
         _require(key in allowed, str(key), "no such key", f"allowed are {', '.join(sorted(allowed))}")
     groups: dict[str, Any] = {}
     for group in (*CHOICES, *GROUPS):
         _require(isinstance(cfg.get(group), DictConfig), group, cfg.get(group), "a group of keys is expected")
         groups[group] = _structured(group, cfg[group])
-    top = _merge("", {"stage": str, "seed": int}, {"stage": cfg.get("stage"), "seed": cfg.get("seed")})
-    config = Config(out_dir=cfg.get("out_dir"), **top, **groups)
+    top = {key: cfg.get(key) for key in TOP}
+    for key, expected in TOP.items():
+        _require(type(top[key]) is expected, key, top[key], f"must be of type {expected.__name__}")
+    named = frozenset(re.split(r"[.=]", override.lstrip("+~"))[0] for override in overrides)
+    config = Config(out_dir=cfg.get("out_dir"), named=named, **top, **groups)
     _check(config)
     return config
 
@@ -209,13 +74,6 @@ def _structured(group: str, node: DictConfig) -> Any:
         raise ConfigError(f"{key}: {reason}") from None
 
 
-def _merge(prefix: str, types: dict[str, type], values: dict[str, Any]) -> dict[str, Any]:
-    for key, expected in types.items():
-        value = values[key]
-        _require(type(value) is expected, prefix + key, value, f"must be of type {expected.__name__}")
-    return values
-
-
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{key}={value}: {allowed}")
@@ -233,6 +91,8 @@ def _one_of(key: str, value: str, *allowed: str) -> None:
 
 def _check(c: Config) -> None:
     _one_of("stage", c.stage, *STAGES)
+    _one_of("device", c.device, "auto", "cpu", "cuda")
+    _one_of("precision", c.precision, "auto", "bf16", "fp32")
     _require(c.seed >= 0, "seed", c.seed, "must not be negative")
     if isinstance(c.data, ShapesConfig):
         _positive("data", c.data, "num_train", "num_test")
@@ -254,6 +114,8 @@ def _check(c: Config) -> None:
     _positive("evaluation", c.evaluation, "batch_size")
     n = c.evaluation.bpd_images
     _require(n is None or n > 1, "evaluation.bpd_images", n, "must be at least 2, or null for all")
+    n = c.evaluation.bpd_timesteps
+    _require(n is None or n > 0, "evaluation.bpd_timesteps", n, "must be at least 1, or null for all")
     _one_of("wandb.mode", c.wandb.mode, "online", "offline", "disabled")
     _positive("wandb", c.wandb, "timeout")
 
@@ -269,21 +131,6 @@ def _check_model(m: ModelConfig) -> None:
         m.model_channels % 2 == 0 and m.model_channels >= 4, "model.model_channels", m.model_channels, "must be even"
     )
     _require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must lie in [0, 1)")
-
-
-def check_image_size(m: ModelConfig, height: int, width: int) -> None:
-    """Checks that the network fits the images, once the data is known.
-
-    Raises:
-        ConfigError: not square, not divisible by the downsampling, or attention at a resolution that does not occur.
-    """
-    _require(height == width, "data", f"{width} x {height} pixels", "the images must be square")
-    factor = 2 ** (len(m.channel_mult) - 1)
-    why = f"images of {height} pixels must be divisible by {factor}, for {len(m.channel_mult)} resolutions"
-    _require(height % factor == 0, "model.channel_mult", m.channel_mult, why)
-    sizes = [height >> level for level in range(len(m.channel_mult))]
-    for size in m.attention_resolutions:
-        _require(size in sizes, "model.attention_resolutions", size, f"the resolutions are {sizes}")
 
 
 def _check_diffusion(d: DiffusionConfig) -> None:
@@ -318,7 +165,5 @@ def _check_trainer(t: TrainerConfig, num_timesteps: int) -> None:
     _positive("trainer", t, *positive, "sample_images", "checkpoint_every")
     _require(0 <= t.ema_decay < 1, "trainer.ema_decay", t.ema_decay, "must lie in [0, 1)")
     _one_of("trainer.timestep_sampling", t.timestep_sampling, "uniform", "stratified")
-    _one_of("trainer.precision", t.precision, "auto", "bf16", "fp32")
-    _one_of("trainer.device", t.device, "auto", "cpu", "cuda")
     allowed = f"allowed are 1 to {num_timesteps}, diffusion.num_timesteps"
     _require(1 <= t.sample_steps <= num_timesteps, "trainer.sample_steps", t.sample_steps, allowed)

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
+from modeling.images import to_uint8
 
 NoiseFn = Callable[[], Tensor]
 """Draws fresh noise from N(0, I) in the shape of the images, [N, C, H, W]."""
@@ -123,3 +125,49 @@ def ddim_sample(
 
 def _full(x: Tensor, t: int) -> Tensor:
     return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+
+
+def draw_samples(
+    model: DiffusionModel,
+    indices: Sequence[int],
+    shape: Sequence[int],
+    compute: Compute,
+    *,
+    name: str = "ddim",
+    steps: int = 50,
+    eta: float = 0.0,
+    clip_denoised: bool = True,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Tensor:
+    """Samples number `indices`, each a function of (seed, its index) alone.
+
+    Args:
+        model: in eval mode, on the device.
+        indices: which samples.
+        shape: (C, H, W) of one.
+        compute: where, and in which precision.
+        name: "ddpm" or "ddim".
+        steps: NFE, 1 to T.
+        eta: of DDIM.
+        clip_denoised: clip the predicted x_0 to [-1, 1].
+        batch_size: changes nothing but memory.
+        seed: of the whole set.
+
+    Returns:
+        uint8 [N, C, H, W] on the CPU.
+
+    Raises:
+        ValueError: more steps than the model has.
+    """
+    timesteps = timestep_subsequence(model.schedule.num_timesteps, steps)
+    images = []
+    for start in range(0, len(indices), batch_size):
+        noise = SampleNoise(seed, indices[start : start + batch_size], shape, compute.device)
+        with compute.autocast():
+            if name == "ddpm":
+                x_0 = ddpm_sample(model, noise(), timesteps, noise, clip_denoised)
+            else:
+                x_0 = ddim_sample(model, noise(), timesteps, noise, eta, clip_denoised)
+        images.append(to_uint8(x_0).cpu())
+    return torch.cat(images)

@@ -6,8 +6,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from modeling.config import AdamWConfig, DDIMConfig, SGDConfig, check_image_size, load_config
+from modeling.build import check_image_size
+from modeling.config import load_config
 from modeling.errors import UserError
+from modeling.settings import AdamWConfig, DDIMConfig, SGDConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -54,7 +56,7 @@ BAD = {
     "+optimizer.momentum=0.9": "optimizer.momentum: Key 'momentum' not in 'AdamConfig'",
     "+sampler.eta=0.5": "sampler.eta: Key 'eta' not in 'DDPMConfig'",
     "+trainer.speed=9": "trainer.speed: Key 'speed' not in 'TrainerConfig'",
-    "+nonsense=1": "nonsense=no such key: allowed are data, diffusion",
+    "+nonsense=1": "nonsense=no such key: allowed are data, device",
     "stage=fly": "stage=fly: allowed are all, prepare, train, sample, evaluate",
     "seed=x": "seed=x: must be of type int",
     "seed=-1": "seed=-1: must not be negative",
@@ -65,8 +67,8 @@ BAD = {
     "trainer.batch_size=many": "trainer.batch_size: Value 'many' of type 'str' could not be converted to Integer",
     "trainer.steps=1.5": "trainer.steps: Value '1.5' of type 'float' could not be converted to Integer",
     "trainer.ema_decay=1": "trainer.ema_decay=1.0: must lie in [0, 1)",
-    "trainer.precision=fp8": "trainer.precision=fp8: allowed are auto, bf16, fp32",
-    "trainer.device=tpu": "trainer.device=tpu: allowed are auto, cpu, cuda",
+    "precision=fp8": "precision=fp8: allowed are auto, bf16, fp32",
+    "device=tpu": "device=tpu: allowed are auto, cpu, cuda",
     "trainer.timestep_sampling=x": "trainer.timestep_sampling=x: allowed are",
     "trainer.sample_steps=1001": "trainer.sample_steps=1001: allowed are 1 to 1000",
     "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: must be greater than 0",

@@ -1,0 +1,47 @@
+"""The held-out loss: the simple loss (Ho et al. 2020, equation 14) on images that never train, under fixed noise.
+
+Image k always meets the same time step and the same noise, whatever the batch size, so two values differ by the weights
+alone. The time steps are stratified: N images get N evenly spaced ones, in an order that does not depend on the images.
+"""
+
+import torch
+from torch import Tensor
+
+from modeling.data import step_seed
+from modeling.device import Compute
+from modeling.diffusion import DiffusionModel
+from modeling.images import to_model
+from modeling.sampling import SampleNoise
+
+SEED = 0  # of the fixed noise: not the run's, so that runs of different seeds are compared on the same noise
+
+
+def held_out_timesteps(num_images: int, num_timesteps: int) -> Tensor:
+    """int64 [N] in [0, T): the time step of each image, evenly spread and shuffled."""
+    spread = (torch.arange(num_images) * num_timesteps + num_timesteps // 2) // num_images
+    generator = torch.Generator().manual_seed(step_seed(SEED, "held-out", num_images))
+    return spread.clamp(max=num_timesteps - 1)[torch.randperm(num_images, generator=generator)]
+
+
+@torch.no_grad()
+def held_out_losses(model: DiffusionModel, images: Tensor, batch_size: int, compute: Compute) -> tuple[Tensor, Tensor]:
+    """The loss of each held-out image.
+
+    Args:
+        model: in eval mode, on the device.
+        images: uint8 [N, C, H, W].
+        batch_size: changes nothing but memory.
+        compute: where, and in which precision.
+
+    Returns:
+        float32 [N], the losses, and int64 [N], the time steps, both on the CPU.
+    """
+    t = held_out_timesteps(len(images), model.schedule.num_timesteps)
+    losses = []
+    for start in range(0, len(images), batch_size):
+        indices = range(start, min(start + batch_size, len(images)))
+        x_0 = to_model(images[start : indices.stop].to(compute.device))
+        noise = SampleNoise(SEED, indices, x_0.shape[1:], "cpu")().to(compute.device)
+        with compute.autocast():
+            losses.append(model(x_0, t[start : indices.stop].to(compute.device), noise).float().cpu())
+    return torch.cat(losses), t

@@ -1,0 +1,32 @@
+"""Where things lie. State that must outlive DVC's own folders lies at the main repository's root."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from modeling.settings import Config, DataConfig, FolderConfig
+
+
+def state_root() -> Path:
+    """The main repository's root: $DVC_ROOT in a DVC run, which may work in a throw-away copy; else this repository."""
+    return Path(os.environ.get("DVC_ROOT") or Path(__file__).parents[1])
+
+
+def raw_cifar10() -> Path:
+    """Where CIFAR-10's own files are, or are downloaded to."""
+    return Path(os.environ.get("CIFAR10_ROOT") or state_root() / "data" / "raw")
+
+
+def prepared_data(config: Config, data: DataConfig) -> Path:
+    """The prepared arrays: under `out_dir` if that is set, else in a cache keyed by what they are made from."""
+    if config.out_dir is not None:
+        return Path(config.out_dir) / "data" / data.name
+    key: dict[str, Any] = asdict(data)
+    if isinstance(data, FolderConfig):
+        files = sorted(p for p in Path(data.path).rglob("*") if p.is_file())
+        key["files"] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return state_root() / "runs" / "data" / f"{data.name}-{digest}"

@@ -1,0 +1,168 @@
+"""The settings: one dataclass a group of the configuration. Plain data, known to every stage; checked in config.py."""
+
+from dataclasses import dataclass, field
+
+STAGES = ("all", "prepare", "train", "sample", "evaluate")
+
+
+@dataclass
+class Cifar10Config:
+    name: str
+
+
+@dataclass
+class ShapesConfig:
+    name: str
+    num_train: int
+    num_test: int
+    image_size: int
+    seed: int
+
+
+@dataclass
+class FolderConfig:
+    name: str
+    path: str
+    test_fraction: float
+
+
+@dataclass
+class ModelConfig:
+    name: str
+    model_channels: int
+    channel_mult: list[int]
+    num_res_blocks: int
+    attention_resolutions: list[int]
+    num_heads: int
+    dropout: float
+    norm_groups: int
+    weights: str | None = None
+
+
+@dataclass
+class LinearConfig:
+    schedule: str
+    num_timesteps: int
+    beta_start: float
+    beta_end: float
+    prediction_type: str
+    variance: str
+
+
+@dataclass
+class CosineConfig:
+    schedule: str
+    num_timesteps: int
+    prediction_type: str
+    variance: str
+
+
+@dataclass
+class _OptimizerConfig:
+    name: str
+    lr: float
+    warmup_steps: int
+    lr_decay: str
+    grad_clip: float | None
+
+
+@dataclass
+class AdamConfig(_OptimizerConfig):
+    betas: list[float] = field(default_factory=list)
+    eps: float = 1e-8
+
+
+@dataclass
+class AdamWConfig(AdamConfig):
+    weight_decay: float = 0.0
+
+
+@dataclass
+class SGDConfig(_OptimizerConfig):
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class TrainerConfig:
+    steps: int
+    batch_size: int
+    ema_decay: float
+    random_flip: bool
+    timestep_sampling: str
+    log_every: int
+    evaluate_every: int
+    evaluate_images: int
+    sample_every: int
+    sample_images: int
+    sample_steps: int
+    checkpoint_every: int
+
+
+@dataclass
+class DDPMConfig:
+    name: str
+    steps: int
+    clip_denoised: bool
+    num_samples: int
+    batch_size: int
+    seed: int
+
+
+@dataclass
+class DDIMConfig(DDPMConfig):
+    eta: float = 0.0
+
+
+@dataclass
+class EvaluationConfig:
+    batch_size: int
+    bpd_images: int | None
+    bpd_timesteps: int | None
+
+
+@dataclass
+class WandbConfig:
+    mode: str
+    project: str
+    entity: str | None
+    timeout: float
+
+
+DataConfig = Cifar10Config | ShapesConfig | FolderConfig
+DiffusionConfig = LinearConfig | CosineConfig
+OptimizerConfig = AdamConfig | AdamWConfig | SGDConfig
+
+
+@dataclass
+class Config:
+    stage: str
+    out_dir: str | None
+    seed: int
+    device: str
+    precision: str
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    sampler: DDPMConfig
+    evaluation: EvaluationConfig
+    wandb: WandbConfig
+    # Groups that the user named on the command line; what a model file says gives way to none of these.
+    named: frozenset[str] = frozenset()
+
+
+# Groups whose keys depend on a choice: the key that chooses, and the dataclass of each choice.
+CHOICES: dict[str, tuple[str, dict[str, type]]] = {
+    "data": ("name", {"cifar10": Cifar10Config, "shapes": ShapesConfig, "folder": FolderConfig}),
+    "diffusion": ("schedule", {"linear": LinearConfig, "cosine": CosineConfig}),
+    "optimizer": ("name", {"adam": AdamConfig, "adamw": AdamWConfig, "sgd": SGDConfig}),
+    "sampler": ("name", {"ddpm": DDPMConfig, "ddim": DDIMConfig}),
+}
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "trainer": TrainerConfig,
+    "evaluation": EvaluationConfig,
+    "wandb": WandbConfig,
+}

@@ -1,0 +1,43 @@
+"""Stage `prepare`: any data source becomes one folder of checked arrays."""
+
+import logging
+from pathlib import Path
+
+from modeling.data import cifar10, folder, read_prepared, shapes, write_prepared
+from modeling.paths import prepared_data, raw_cifar10
+from modeling.settings import Config, DataConfig, FolderConfig, ShapesConfig
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, out: Path) -> None:
+    """Prepares the data that the configuration names.
+
+    Raises:
+        UserError: the source is missing or bad, or the target cannot be written.
+    """
+    prepare(config, config.data)
+
+
+def prepare(config: Config, data: DataConfig) -> Path:
+    """Writes the prepared folder of `data` and returns it."""
+    target = prepared_data(config, data)
+    if isinstance(data, ShapesConfig):
+        splits = shapes(data.num_train, data.num_test, data.image_size, data.seed)
+    elif isinstance(data, FolderConfig):
+        splits = folder(Path(data.path), data.test_fraction)
+    else:
+        splits = cifar10(raw_cifar10())
+    meta = write_prepared(target, *splits)
+    size = " x ".join(str(n) for n in meta["shape"])
+    log.info("data: %s, %d + %d images of %s, in %s", data.name, meta["num_train"], meta["num_test"], size, target)
+    return target
+
+
+def ensure_prepared(config: Config, data: DataConfig) -> Path:
+    """The prepared folder of `data`; a plain run makes it if it is not there, a run with an `out_dir` must have it."""
+    target = prepared_data(config, data)
+    if config.out_dir is None and not (target / "data.json").exists():
+        return prepare(config, data)
+    read_prepared(target)
+    return target
