@@ -19,6 +19,7 @@ from modeling.errors import ConfigError, UserError
 from modeling.schedule import NoiseSchedule, cosine_betas, linear_betas
 from modeling.settings import (
     CHOICES,
+    GROUPS,
     AdamConfig,
     AdamWConfig,
     DiffusionConfig,
@@ -112,7 +113,7 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
     """
     tensors, meta = load_model(path)
     try:
-        model = ModelConfig(**meta["config"]["model"])
+        model = parse_group("model", meta["config"]["model"])
         diffusion = parse_group("diffusion", meta["config"]["diffusion"])
         trained = build_model(model, diffusion, meta["image_shape"], seed=0)
         trained.load_state_dict(tensors)
@@ -129,7 +130,8 @@ def check_agrees(path: Path, meta: dict[str, Any], model: ModelConfig, diffusion
         ConfigError: it does not; the message names the first key that differs.
     """
     asked = architecture(model, diffusion)
-    held = architecture(ModelConfig(**meta["config"]["model"]), parse_group("diffusion", meta["config"]["diffusion"]))
+    groups = meta["config"]
+    held = architecture(parse_group("model", groups["model"]), parse_group("diffusion", groups["diffusion"]))
     for key in sorted({*asked, *held}):
         if asked.get(key) != held.get(key):
             raise ConfigError(f"{key}={asked.get(key)}: the model in {path} has {held.get(key)}; leave it out")
@@ -137,5 +139,7 @@ def check_agrees(path: Path, meta: dict[str, Any], model: ModelConfig, diffusion
 
 def parse_group(group: str, values: dict[str, Any]) -> Any:
     """The dataclass of a group from the plain values that a model file holds."""
+    if group in GROUPS:
+        return GROUPS[group](**values)
     key, choices = CHOICES[group]
     return choices[values[key]](**values)

@@ -53,7 +53,7 @@ def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     top = {key: cfg.get(key) for key in TOP}
     for key, expected in TOP.items():
         _require(type(top[key]) is expected, key, top[key], f"must be of type {expected.__name__}")
-    named = frozenset(re.split(r"[.=]", override.lstrip("+~"))[0] for override in overrides)
+    named = frozenset(re.split(r"[@=]", override.lstrip("+~"))[0] for override in overrides)
     config = Config(out_dir=cfg.get("out_dir"), named=named, **top, **groups)
     _check(config)
     return config

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from modeling.checkpoint import write_atomic
 from modeling.settings import Config, DataConfig, FolderConfig
 
 
@@ -30,3 +32,14 @@ def prepared_data(config: Config, data: DataConfig) -> Path:
         key["files"] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return state_root() / "runs" / "data" / f"{data.name}-{digest}"
+
+
+def wandb_id(folder: Path) -> str:
+    """The id of the W&B run that belongs to a run folder, made on first use."""
+    path = folder / "run.json"
+    try:
+        found: str = json.loads(path.read_text())["wandb_id"]
+    except (OSError, ValueError, KeyError):
+        found = uuid.uuid4().hex[:12]
+        write_atomic(path, (json.dumps({"wandb_id": found}) + "\n").encode())
+    return found

@@ -149,8 +149,13 @@ class Config:
     sampler: DDPMConfig
     evaluation: EvaluationConfig
     wandb: WandbConfig
-    # Groups that the user named on the command line; what a model file says gives way to none of these.
     named: frozenset[str] = frozenset()
+    """Groups and keys that the user typed."""
+
+    def names(self, group: str) -> bool:
+        """Whether the user asked for something in a group, so that a model file must agree with it."""
+        typed = any(key.split(".")[0] == group and key != "model.weights" for key in self.named)
+        return typed or "experiment" in self.named
 
 
 # Groups whose keys depend on a choice: the key that chooses, and the dataclass of each choice.

@@ -1,9 +1,9 @@
 """The training loop (Ho et al. 2020, algorithm 1): step, EMA, logging, held-out loss, sample grids, checkpoints.
 
 Randomness is a function of (seed, step), so a run that was stopped anywhere goes on bit for bit. Losses stay on the
-device until they are logged. Whatever is due at step k (`_report`) happens after the checkpoint of step k is written and
-happens again on a resume from it, so nothing is lost or doubled. Knows nothing of Hydra, DVC or W&B: a Reporter hears
-what happens.
+device until they are logged. Whatever is due at step k (`_report`) happens after the checkpoint of step k is written
+and happens again on a resume from it, so nothing is lost or doubled. Knows nothing of Hydra, DVC or W&B: a Reporter
+hears what happens.
 """
 
 import math
@@ -135,17 +135,17 @@ class Trainer:
                 since = self._lap(since)
                 self._save()
                 saved = self.step
+            if self.should_stop() and not last:
+                self._lap(since)
+                if self.step != saved:
+                    self._save()
+                raise Stopped(f"stopped after step {self.step}, all work is saved: the same command goes on from there")
             if self.step and self._due():
                 since = self._lap(since)
                 self._report()
                 since = time.perf_counter()
             if last:
                 return self.last_row
-            if self.should_stop():
-                self._lap(since)
-                if self.step != saved:
-                    self._save()
-                raise Stopped(f"stopped after step {self.step}, all work is saved: the same command goes on from there")
             self._train_step()
             self.step += 1
             self.reporter.stepped(self.step)

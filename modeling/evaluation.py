@@ -1,0 +1,88 @@
+"""Numbers of a trained model: the held-out loss, also by quartile of the time steps, and bits/dim in its parts.
+
+Bits/dim is the variational bound (Ho et al. 2020, equation 5; the terms are in likelihood.py) over the first images of
+the test split. With fewer time steps an image than T, they are drawn from strata that grow geometrically, since the
+terms fall steeply with t; the estimate stays unbiased, and its standard error says what the draw costs.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling.data import step_seed
+from modeling.device import Compute
+from modeling.diffusion import DiffusionModel
+from modeling.held_out import SEED, held_out_losses
+from modeling.images import to_model
+from modeling.likelihood import bound_term, prior_term
+from modeling.sampling import SampleNoise
+
+
+def held_out_report(model: DiffusionModel, images: Tensor, batch_size: int, compute: Compute) -> dict[str, Any]:
+    """The mean held-out loss of uint8 images [N, C, H, W], its standard error, and the mean of each quartile of t."""
+    losses, t = held_out_losses(model, images, batch_size, compute)
+    quartile = t * 4 // model.schedule.num_timesteps
+    parts = {f"q{k + 1}": losses[quartile == k].mean().item() for k in range(4) if bool((quartile == k).any())}
+    return {"loss": losses.double().mean().item(), "loss_by_t": parts, "loss_images": len(images)}
+
+
+def strata(num_timesteps: int, count: int | None) -> list[tuple[int, int]]:
+    """Splits t = 1 ... T - 1 into at most `count` ranges [first, end) that grow geometrically; None: one for each t."""
+    if num_timesteps == 1:
+        return []
+    if count is None or count >= num_timesteps - 1:
+        return [(t, t + 1) for t in range(1, num_timesteps)]
+    ends: list[int] = [1]
+    for k in range(1, count + 1):
+        # What is left is shared evenly on a logarithmic scale, but no range is empty.
+        ideal = ends[-1] * (num_timesteps / ends[-1]) ** (1 / (count - k + 1))
+        ends.append(num_timesteps if k == count else max(ends[-1] + 1, round(ideal)))
+    return list(pairwise(ends))
+
+
+@torch.no_grad()
+def bits_per_dim(
+    model: DiffusionModel, images: Tensor, batch_size: int, timesteps: int | None, compute: Compute
+) -> dict[str, Any]:
+    """The variational bound in bits a dimension, and its parts.
+
+    Args:
+        model: in eval mode, on the device.
+        images: uint8 [N, C, H, W].
+        batch_size: changes nothing but memory.
+        timesteps: time steps drawn for each image; None: all of them.
+        compute: where, and in which precision.
+
+    Returns:
+        bits_per_dim and its standard error over the images; prior, middle and decoder, which add up to it.
+    """
+    parts = []
+    for start in range(0, len(images), batch_size):
+        indices = range(start, min(start + batch_size, len(images)))
+        x_0 = to_model(images[start : indices.stop].to(compute.device))
+        noise = SampleNoise(SEED + 1, indices, x_0.shape[1:], compute.device)
+        generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
+
+        def term(t: Tensor, x_0: Tensor = x_0, noise: SampleNoise = noise) -> Tensor:
+            with compute.autocast():
+                return bound_term(model, x_0, t.to(compute.device), noise())[0].double().cpu()
+
+        decoder = term(torch.zeros(len(x_0), dtype=torch.int64))
+        middle = torch.zeros(len(x_0), dtype=torch.float64)
+        for first, end in strata(model.schedule.num_timesteps, timesteps):
+            t = torch.cat([torch.randint(first, end, (1,), generator=g) for g in generators])
+            middle += (end - first) * term(t)
+        parts.append(torch.stack([prior_term(model, x_0).double().cpu(), middle, decoder]))
+    table = torch.cat(parts, dim=1)  # [3, N]
+    total, n = table.sum(0), table.shape[1]
+    prior, middle_mean, decoder_mean = table.mean(1).tolist()
+    return {
+        "bits_per_dim": total.mean().item(),
+        "bits_per_dim_stderr": total.std().item() / math.sqrt(n),
+        "bits_per_dim_parts": {"prior": prior, "middle": middle_mean, "decoder": decoder_mean},
+        "bits_per_dim_images": n,
+        "bits_per_dim_timesteps": timesteps or model.schedule.num_timesteps,
+    }
