@@ -205,7 +205,8 @@ class BatchSource:
 
     def batch(self, step: int) -> Tensor:
         """float32 [B, C, H, W] in [-1, 1], on the device of the images."""
-        x_0 = to_model(self.images[self.indices(step).to(self.images.device)])
+        # The arrays are [N, H, W, C]: without contiguous() the network would run channels-last, half as fast on a CPU.
+        x_0 = to_model(self.images[self.indices(step).to(self.images.device)]).contiguous()
         if self.random_flip:
             generator = torch.Generator().manual_seed(step_seed(self.seed, "flip", step))
             flip = torch.rand(self.batch_size, generator=generator).to(x_0.device) < 0.5

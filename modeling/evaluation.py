@@ -62,7 +62,7 @@ def bits_per_dim(
     parts = []
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
-        x_0 = to_model(images[start : indices.stop].to(compute.device))
+        x_0 = to_model(images[start : indices.stop].to(compute.device)).contiguous()
         noise = SampleNoise(SEED + 1, indices, x_0.shape[1:], compute.device)
         generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
 

@@ -40,7 +40,7 @@ def held_out_losses(model: DiffusionModel, images: Tensor, batch_size: int, comp
     losses = []
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
-        x_0 = to_model(images[start : indices.stop].to(compute.device))
+        x_0 = to_model(images[start : indices.stop].to(compute.device)).contiguous()
         noise = SampleNoise(SEED, indices, x_0.shape[1:], "cpu")().to(compute.device)
         with compute.autocast():
             losses.append(model(x_0, t[start : indices.stop].to(compute.device), noise).float().cpu())

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -33,7 +34,7 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.first = 0
         self.estimated = False
-        self.bar: tqdm[None] | None = None
+        self.bar: tqdm[Any] | None = None
         self.last_line = 0.0
         self.held_out: float | None = None
 
