@@ -3,16 +3,32 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: test lint
+.PHONY: demo test lint repository
 .DELETE_ON_ERROR:
 
-.venv/.installed: requirements.txt requirements-dev.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	touch $@
+# prepare -> train -> evaluate through DVC, on the embedded data set.
+demo: repository .venv/.installed
+	@git config user.email > /dev/null || { \
+	  export GIT_AUTHOR_NAME=demo GIT_AUTHOR_EMAIL=demo@localhost; \
+	  export GIT_COMMITTER_NAME=demo GIT_COMMITTER_EMAIL=demo@localhost; }; \
+	  dvc exp run -S experiment=demo
+	@echo
+	@echo "samples:  reports/samples.png"
+	@echo "metrics:  reports/train.json, reports/evaluate.json (dvc metrics show)"
+	@echo "curves:   reports/curves.png, reports/train.csv (dvc plots show)"
+	@echo "model:    models/model.safetensors (python main.py stage=sample)"
+
+# DVC versions experiments in Git, so a folder from a zip file is not enough.
+repository:
+	@test -e .git || { echo "no Git repository here: git init && git add -A && git commit -m start, then make demo again"; exit 1; }
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term-missing
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+.venv/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@

@@ -1,33 +1,47 @@
 """Runs the stage that the configuration names: python main.py stage=train model=small trainer.steps=1000."""
 
 import importlib
-import logging
+import os
 import sys
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from modeling.config import load_config
-from modeling.errors import UserError
+from modeling.errors import ConfigError, UserError
 
-log = logging.getLogger("main")
+ORDER = ("prepare", "train", "sample", "evaluate")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> None:
     """Checks the configuration and runs its stage, or all of them in order."""
-    hydra_config = HydraConfig.get()
+    settings = HydraConfig.get()
     try:
-        config = load_config(cfg, hydra_config.overrides.task)
-        out = Path(config.out_dir or hydra_config.runtime.output_dir)
-        stages = ("prepare", "train", "sample", "evaluate") if config.stage == "all" else (config.stage,)
-        for stage in stages:
+        config = load_config(cfg, settings.overrides.task)
+        out = Path(config.out_dir or settings.runtime.output_dir)
+        for stage in ORDER if config.stage == "all" else (config.stage,):
             importlib.import_module(f"modeling.stages.{stage}").run(config, out)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _fail(str(error), error.exit_code)  # here, since Hydra adds a line of its own to what leaves this function
+
+
+def main() -> None:
+    """Runs the command line; what a user can put right is one line, without a traceback."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(str(error), ConfigError.exit_code)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(exit_code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,247 @@
+"""End to end, through the real command line, DVC and W&B's offline files."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from modeling.checkpoint import imported_files
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "data=shapes",
+    "data.num_train=64",
+    "data.num_test=16",
+    "data.image_size=8",
+    "model=tiny",
+    "model.channel_mult=[1,2]",
+    "model.attention_resolutions=[4]",
+    "diffusion.num_timesteps=20",
+    "trainer.steps=4",
+    "trainer.batch_size=4",
+    "trainer.log_every=2",
+    "trainer.sample_images=4",
+    "trainer.sample_steps=2",
+    "trainer.checkpoint_every=2",
+    "sampler=ddim",
+    "sampler.steps=3",
+    "sampler.num_samples=4",
+    "evaluation.bpd_images=4",
+    "evaluation.bpd_timesteps=3",
+]
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    """A stand-in for the repository's root, so that tests leave no runs/ and wandb/ behind."""
+    return tmp_path_factory.mktemp("state")
+
+
+def environment(state, **changes):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DVC_"))}
+    identity = {f"GIT_{who}_{what}": "t@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | identity | {"PATH": path, "DVC_ROOT": str(state), "OMP_NUM_THREADS": "1"} | changes
+
+
+def main(state, cwd, *arguments, **changes):
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(state, **changes), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(state, tmp_path_factory):
+    """The outputs of one small plain run of all stages, and what it printed."""
+    out = tmp_path_factory.mktemp("plain")
+    done = main(state, out, *SMALL, f"out_dir={out}")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_all_stages_leave_their_products(trained):
+    out, done = trained
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    expected = {f"samples/{k:05}.png" for k in range(4)} | {
+        "samples.png",
+        "data/shapes/data.json",
+        "models/model.safetensors",
+        "reports/train.csv",
+        "reports/train.json",
+        "reports/curves.png",
+        "reports/samples/step-000000004.png",
+        "reports/samples.png",
+        "reports/evaluate.json",
+    }
+    assert expected <= found
+    with (out / "reports/train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4"] and rows[-1]["images"] == "16"
+    train = json.loads((out / "reports/train.json").read_text())["train"]
+    assert train["held_out_loss"] == pytest.approx(float(rows[-1]["held_out_loss"]), rel=1e-6)
+    evaluate = json.loads((out / "reports/evaluate.json").read_text())["evaluate"]
+    assert evaluate["loss"] == pytest.approx(train["held_out_loss"], rel=1e-4)  # 16 images both times, EMA both times
+    assert sum(evaluate["bits_per_dim_parts"].values()) == pytest.approx(evaluate["bits_per_dim"])
+    assert Image.open(out / "samples/00000.png").size == (8, 8)
+    assert "parameters" in done.stdout and "wandb leet" in done.stdout
+
+
+def test_wandb_holds_the_run_and_never_the_code(trained, state):
+    folders = sorted((state / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and folders[0].name.split("-")[-1] == folders[1].name.split("-")[-1]  # train, evaluate
+    history, config = {}, ""
+    for folder in folders:
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        config += text
+        for line in text.splitlines():
+            for item in json.loads(line).get("history", {}).get("item", []):
+                history[item.get("key") or "/".join(item.get("nested_key", []))] = item
+        assert not list(folder.rglob("*.patch")) and not list(folder.rglob("*.py"))
+    wanted = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images", "images_per_second", "held_out_loss")}
+    wanted |= {"inputs", "train/samples", "evaluate/loss", "evaluate/bits_per_dim", "evaluate/samples"}
+    missing = [key for key in wanted if not any(found == key or found.startswith(f"{key}/") for found in history)]
+    assert not missing, sorted(history)
+    assert "num_timesteps" in config and "artifact" in config
+
+
+def test_the_same_command_again_trains_nothing_and_publishes_the_same(trained, state, tmp_path):
+    out, _ = trained
+    shutil.copytree(out / "data", tmp_path / "data")
+    done = main(state, tmp_path, *SMALL, f"out_dir={tmp_path}", "stage=train", WANDB_MODE="disabled")
+    assert done.returncode == 0 and "going on after step 4" in done.stdout
+    for name in ("models/model.safetensors", "reports/train.csv"):
+        if name.endswith("csv"):
+            assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    shorter = main(
+        state, tmp_path, *SMALL, f"out_dir={tmp_path}", "stage=train", "trainer.steps=2", WANDB_MODE="disabled"
+    )
+    assert shorter.returncode == 0 and "-upto-2" in shorter.stdout and "going on" not in shorter.stdout
+
+
+def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path):
+    (tmp_path / "models").mkdir()
+    weights = trained[0] / "models/model.safetensors"
+    sample = main(state, tmp_path, "stage=sample", f"model.weights={weights}", "sampler=ddim", "sampler.steps=2")
+    assert sample.returncode == 0, sample.stderr
+    assert len(list(tmp_path.glob("outputs/*/*/samples/*.png"))) == 64
+    arguments = ["stage=evaluate", f"model.weights={weights}", "sampler.steps=2", "evaluation.bpd_images=2"]
+    evaluate = main(state, tmp_path, *arguments, WANDB_MODE="disabled")
+    assert evaluate.returncode == 0, evaluate.stderr
+    assert list(tmp_path.glob("outputs/*/*/reports/evaluate.json")) and list((state / "runs/data").glob("shapes-*"))
+
+
+BAD = {
+    "modle=tiny": "Could not override 'modle'",
+    "model=huge": "Available options in 'model': ddpm small tiny",
+    "optimizer.momentum=0.9": "Could not override 'optimizer.momentum'",
+    "optimizer.lr=-1": "optimizer.lr=-1.0: must be greater than 0",
+    "trainer.batch_size=many": "trainer.batch_size: Value 'many'",
+    "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
+    "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: must be greater than 0",
+    "diffusion.beta_end=1e-5": "diffusion.beta_start=0.0001: must be below beta_end",
+    "model.attention_resolutions=[7]": "model.attention_resolutions=7: the resolutions are [8, 4]",
+    "model.channel_mult=[1,1,1,1,1]": "model.channel_mult=[1, 1, 1, 1, 1]: images of 8 pixels must be divisible by 16",
+    "model.norm_groups=5": "model.norm_groups=5: must divide",
+    "sampler.steps=21": "sampler.steps=21: allowed are 1 to 20",
+    "stage=sample model.weights=absent": "no model in absent",
+    "stage=sample model.weights=damaged": "model damaged is damaged",
+    "stage=sample model.model_channels=32": "model.model_channels=32: the model in",
+    "stage=train model.weights=x": "model.weights=x: for stage=sample and stage=evaluate only",
+    "stage=train data.num_train=65 out_dir=nowhere": "no prepared data in nowhere",
+    "out_dir=occupied/x": "occupied",
+    "a==b": "Error parsing override 'a==b'",
+    "data=folder data.path=empty": "no images in empty",
+    "data=folder data.path=unreadable": "unreadable/a.png cannot be read as an image",
+    "data=folder data.path=mixed": "all images must have one size",
+    "data=cifar10": "no complete CIFAR-10 in broken",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line(trained, state, tmp_path, arguments):
+    for name in ("empty", "unreadable", "mixed", "broken/cifar-10-batches-py"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "unreadable/a.png").write_bytes(b"no image")
+    (tmp_path / "broken/cifar-10-batches-py/data_batch_1").write_bytes(b"half")
+    for k in (8, 9):
+        Image.new("RGB", (k, k)).save(tmp_path / f"mixed/{k}.png")
+    (tmp_path / "damaged").write_bytes((trained[0] / "models/model.safetensors").read_bytes()[:5000])
+    (tmp_path / "occupied").write_text("a file")
+    shutil.copytree(trained[0] / "models", tmp_path / "models")
+    typed = arguments.split()
+    drop = "data." if any(a.startswith("data=") for a in typed) else "never"
+    out = [] if "out_dir" in arguments else [f"out_dir={tmp_path}"]
+    offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "CIFAR10_ROOT": "broken"}
+    small = [a for a in SMALL if not a.startswith(drop)]
+    done = main(state, tmp_path, *small, *out, *typed, WANDB_MODE="disabled", **offline)
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and BAD[arguments] in lines[0], done.stderr
+    assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate.json"))
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate"])
+def test_dvc_depends_on_exactly_the_files_that_a_stage_imports(stage):
+    code = (
+        f"import sys, modeling.stages.{stage}\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'modeling'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {str(Path(file).relative_to(ROOT)) for file in done.stdout.split()}
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    assert {d for d in declared if d.endswith(".py")} == imported
+
+
+def test_the_fingerprint_covers_the_code_of_training():
+    names = {path.name for entry in ("training", "build") for path in imported_files(entry)}
+    assert {"training.py", "unet.py", "schedule.py", "diffusion.py", "ema.py", "data.py"} <= names
+    assert not {"tracking.py", "progress.py", "config.py", "evaluation.py"} & names
+
+
+def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
+    """A copy of the repository, as Git would hand it over; one experiment, the same again, then a changed sampler."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in (
+        "modeling",
+        "conf",
+        ".dvc/config",
+        ".dvc/.gitignore",
+        ".dvcignore",
+        ".gitignore",
+        "main.py",
+        "dvc.yaml",
+    ):
+        source, target = ROOT / name, repository / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    env = environment(repository, WANDB_MODE="offline")
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "start"]):
+        subprocess.run(command, cwd=repository, env=env, check=True)
+
+    def experiment(*changes):
+        sets = [word for change in (*SMALL, *changes) for word in ("-S", change)]
+        done = subprocess.run(["dvc", "exp", "run", *sets], cwd=repository, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {stage for stage in ("prepare", "train", "evaluate") if f"Running stage '{stage}'" in done.stdout}
+
+    assert experiment("optimizer.lr=0.0625", "optimizer.warmup_steps=0") == {"prepare", "train", "evaluate"}
+    with (repository / "reports/train.csv").open() as file:
+        assert {row["lr"] for row in csv.DictReader(file)} == {"0.0625"}
+    assert experiment("optimizer.lr=0.0625", "optimizer.warmup_steps=0") == set()
+    assert experiment("optimizer.lr=0.0625", "optimizer.warmup_steps=0", "sampler.seed=5") == {"evaluate"}
+    assert (
+        experiment("optimizer.lr=0.0625", "optimizer.warmup_steps=0", "sampler.seed=5", "wandb.mode=disabled") == set()
+    )
+    status = subprocess.run(["dvc", "status"], cwd=repository, env=env, capture_output=True, text=True)
+    assert "up to date" in status.stdout

@@ -1,0 +1,246 @@
+"""The training loop: its randomness, its schedule, and that a stopped run goes on bit for bit."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from modeling.build import build_model, build_optimizer
+from modeling.checkpoint import checkpoints, load_newest
+from modeling.data import step_seed
+from modeling.device import Compute
+from modeling.diffusion import DiffusionModel
+from modeling.errors import Stopped, UserError
+from modeling.held_out import held_out_losses, held_out_timesteps
+from modeling.schedule import NoiseSchedule, linear_betas
+from modeling.settings import AdamConfig, AdamWConfig, LinearConfig, ModelConfig, SGDConfig, TrainerConfig
+from modeling.training import Trainer, draw_timesteps, learning_rate
+
+CPU = Compute(torch.device("cpu"), bf16=False)
+MODEL = ModelConfig("test", 8, [1, 2], 1, [4], 1, 0.1, 4)
+DIFFUSION = LinearConfig("linear", 20, 1e-3, 0.2, "epsilon", "fixed_large")
+
+
+def adam(**changes):
+    return AdamConfig(**{"name": "adam", "lr": 1e-3, "warmup_steps": 3, "lr_decay": "none", "grad_clip": 1.0} | changes)
+
+
+def trainer_config(**changes):
+    values = {
+        "steps": 10,
+        "batch_size": 4,
+        "ema_decay": 0.9,
+        "random_flip": True,
+        "timestep_sampling": "uniform",
+        "log_every": 3,
+        "evaluate_every": 5,
+        "evaluate_images": 6,
+        "sample_every": 7,
+        "sample_images": 2,
+        "sample_steps": 2,
+        "checkpoint_every": 4,
+    }
+    return TrainerConfig(**values | changes)
+
+
+class Recorder:
+    """A Reporter that keeps what it hears, rows cut back on a resume as History does."""
+
+    def __init__(self):
+        self.rows, self.grids, self.steps, self.starts = {}, {}, [], []
+
+    def started(self, step):
+        self.starts.append(step)
+        self.rows = {k: v for k, v in self.rows.items() if k < step}
+        self.grids = {k: v for k, v in self.grids.items() if k < step}
+
+    def stepped(self, step):
+        self.steps.append(step)
+
+    def logged(self, step, row, seconds):
+        self.rows[step] = row
+
+    def sampled(self, step, images):
+        self.grids[step] = images
+
+
+def make(folder, recorder, stop_at=None, optimizer=None, **changes):
+    optimizer = optimizer or adam(betas=[0.9, 0.99])
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (10, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    model = build_model(MODEL, DIFFUSION, (8, 8, 3), seed=0)
+    return Trainer(
+        model,
+        build_optimizer(optimizer, model.parameters()),
+        optimizer,
+        trainer_config(**changes),
+        0,
+        images,
+        images[:8],
+        CPU,
+        folder,
+        recorder,
+        lambda: stop_at is not None and len(recorder.steps) > 0 and recorder.steps[-1] == stop_at,
+    )
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.parameters] + [p.flatten() for p in trainer.ema.shadow])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    recorder = Recorder()
+    trainer = make(tmp_path_factory.mktemp("whole"), recorder)
+    trainer.run()
+    return weights(trainer), recorder
+
+
+def test_events_happen_when_they_are_due(whole):
+    _, recorder = whole
+    assert recorder.starts == [0] and recorder.steps == list(range(1, 11))
+    assert [s for s, row in recorder.rows.items() if "loss" in row] == [3, 6, 9, 10]
+    assert [s for s, row in recorder.rows.items() if "held_out_loss" in row] == [5, 10]
+    assert list(recorder.grids) == [7, 10] and recorder.grids[7].shape == (2, 3, 8, 8)
+    assert recorder.rows[9]["images"] == 36
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 6, 8])
+def test_stopped_run_goes_on_bit_for_bit(tmp_path, whole, stop_at):
+    recorder = Recorder()
+    with pytest.raises(Stopped, match=f"after step {stop_at}"):
+        make(tmp_path, recorder, stop_at).run()
+    assert load_newest(tmp_path)["step"] == stop_at
+    trainer = make(tmp_path, recorder)
+    trainer.run()
+    assert recorder.starts == [0, stop_at]
+    assert torch.equal(weights(trainer), whole[0])
+    assert recorder.rows == whole[1].rows
+    assert all(torch.equal(recorder.grids[k], grid) for k, grid in whole[1].grids.items())
+
+
+def test_killed_run_goes_on_from_the_last_checkpoint(tmp_path, whole):
+    class Killed(Recorder):
+        def stepped(self, step):
+            super().stepped(step)
+            if step == 7:
+                raise KeyboardInterrupt
+
+    recorder = Killed()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, recorder).run()
+    rest = Recorder()
+    rest.rows, rest.grids = recorder.rows, recorder.grids
+    trainer = make(tmp_path, rest)
+    trainer.run()
+    assert rest.starts == [4] and torch.equal(weights(trainer), whole[0]) and rest.rows == whole[1].rows
+
+
+def test_longer_run_extends_a_finished_one(tmp_path, whole):
+    recorder = Recorder()
+    make(tmp_path, recorder, steps=7).run()
+    trainer = make(tmp_path, recorder)
+    trainer.run()
+    assert recorder.starts == [0, 7] and torch.equal(weights(trainer), whole[0]) and recorder.rows == whole[1].rows
+
+
+def test_finished_run_trains_nothing_again(tmp_path, whole):
+    recorder = Recorder()
+    first = make(tmp_path, recorder)
+    first.run()
+    recorder.steps.clear()
+    again = make(tmp_path, recorder)
+    again.run()
+    assert recorder.steps == [] and torch.equal(weights(again), whole[0]) and recorder.rows == whole[1].rows
+
+
+def test_sampling_and_evaluation_change_nothing(tmp_path, whole):
+    trainer = make(tmp_path, Recorder(), evaluate_every=1, sample_every=2, log_every=1)
+    trainer.run()
+    assert torch.equal(weights(trainer), whole[0])
+
+
+def test_non_finite_loss_ends_the_run_and_spares_the_checkpoint(tmp_path):
+    trainer = make(tmp_path, Recorder(), optimizer=adam(lr=1e30, betas=[0.9, 0.99], warmup_steps=0), checkpoint_every=1)
+    with pytest.raises(UserError, match="not finite"):
+        trainer.run()
+    assert all(torch.load(path)["sums"].isfinite().all() for path in checkpoints(tmp_path))
+
+
+def test_training_learns(tmp_path):
+    recorder = Recorder()
+    make(tmp_path, recorder, steps=150, log_every=50, optimizer=adam(lr=3e-3, betas=[0.9, 0.99])).run()
+    assert recorder.rows[150]["loss"] < 0.8 * recorder.rows[50]["loss"] < 0.8
+
+
+def test_first_step_is_the_definition(tmp_path):
+    """One SGD step, computed by hand from the functions of (seed, step) and autograd."""
+    sgd = SGDConfig("sgd", 0.1, 0, "none", None, momentum=0.0, weight_decay=0.0)
+    trainer = make(tmp_path, Recorder(), optimizer=sgd, steps=1)
+    reference = build_model(MODEL, DIFFUSION, (8, 8, 3), seed=0).train()
+    x_0 = trainer.batches.batch(0)
+    generator = torch.Generator().manual_seed(step_seed(0, "noise", 0))
+    t = torch.randint(20, (4,), generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator)
+    alpha_bar = reference.schedule.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)
+    torch.manual_seed(step_seed(0, "dropout", 0))
+    predicted = reference.network(alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise, t)
+    (predicted - noise).square().mean().backward()
+    trainer.run()
+    for parameter, expected in zip(trainer.parameters, reference.parameters(), strict=True):
+        assert torch.allclose(parameter, expected - 0.1 * expected.grad, atol=1e-6)
+
+
+def test_learning_rate():
+    assert [learning_rate(adam(warmup_steps=4), s, 10) for s in (0, 1, 3, 9)] == pytest.approx(
+        [2.5e-4, 5e-4, 1e-3, 1e-3]
+    )
+    assert learning_rate(adam(warmup_steps=0, lr_decay="linear"), 4, 10) == pytest.approx(6e-4)
+    cosine = [learning_rate(adam(warmup_steps=0, lr_decay="cosine"), s, 9) for s in (0, 3, 9)]
+    assert cosine == pytest.approx([1e-3, 0.5e-3 * (1 + math.cos(math.pi / 3)), 0])
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_timesteps_are_uniform(stratified):
+    draws = [draw_timesteps(32, 10, stratified, torch.Generator().manual_seed(s)) for s in range(500)]
+    counts = torch.stack([torch.bincount(t, minlength=10) for t in draws]).double()
+    assert counts.shape[1] == 10 and torch.allclose(counts.mean(0), torch.full((10,), 3.2).double(), atol=0.3)
+    assert (counts.std(0).max() < 0.6) == stratified
+
+
+def test_optimizers():
+    parameter = [nn.Parameter(torch.ones(2))]
+    common = (0.1, 0, "none", None)
+    adamw = build_optimizer(AdamWConfig("adamw", *common, betas=[0.8, 0.9], eps=1e-7, weight_decay=0.3), parameter)
+    assert type(adamw) is torch.optim.AdamW
+    assert {k: adamw.defaults[k] for k in ("lr", "betas", "eps", "weight_decay")} == {
+        "lr": 0.1,
+        "betas": (0.8, 0.9),
+        "eps": 1e-7,
+        "weight_decay": 0.3,
+    }
+    sgd = build_optimizer(SGDConfig("sgd", *common, momentum=0.95, weight_decay=0.1), parameter)
+    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.95, 0.1)
+    plain = build_optimizer(adam(betas=[0.5, 0.6], eps=1e-5), parameter)
+    assert type(plain) is torch.optim.Adam and (plain.defaults["betas"], plain.defaults["eps"]) == ((0.5, 0.6), 1e-5)
+
+
+class Zero(nn.Module):
+    def forward(self, x, t):
+        return torch.zeros_like(x)
+
+
+def test_held_out_loss_of_the_zero_network_is_the_power_of_the_noise():
+    model = DiffusionModel(Zero(), NoiseSchedule(linear_betas(100, 1e-4, 0.02)))
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+    losses, t = held_out_losses(model, images, 40, CPU)
+    assert losses.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(losses, held_out_losses(model, images, 7, CPU)[0])  # whatever the batch size
+    assert t.min() >= 0 and t.max() < 100
+
+
+def test_held_out_timesteps_cover_the_range_evenly():
+    t = held_out_timesteps(1000, 100)
+    assert torch.equal(torch.bincount(t, minlength=100), torch.full((100,), 10))
+    assert held_out_timesteps(1, 100).tolist() == [50] and held_out_timesteps(7, 1).tolist() == [0] * 7
