@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import wandb
 from torch import Tensor
 
-import wandb
 from modeling.errors import ConfigError, UserError
 from modeling.images import image_grid
 from modeling.settings import WandbConfig

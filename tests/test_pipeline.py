@@ -101,12 +101,11 @@ def test_wandb_holds_the_run_and_never_the_code(trained, state):
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         config += text
         for line in text.splitlines():
-            for item in json.loads(line).get("history", {}).get("item", []):
-                history[item.get("key") or "/".join(item.get("nested_key", []))] = item
+            history |= json.loads(line).get("history", {}).get("item", {})
         assert not list(folder.rglob("*.patch")) and not list(folder.rglob("*.py"))
     wanted = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images", "images_per_second", "held_out_loss")}
     wanted |= {"inputs", "train/samples", "evaluate/loss", "evaluate/bits_per_dim", "evaluate/samples"}
-    missing = [key for key in wanted if not any(found == key or found.startswith(f"{key}/") for found in history)]
+    missing = [key for key in wanted if not any(found == key or found.startswith(f"{key}.") for found in history)]
     assert not missing, sorted(history)
     assert "num_timesteps" in config and "artifact" in config
 

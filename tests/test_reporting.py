@@ -1,0 +1,227 @@
+"""What people see: the device line, the progress lines, the history file, the W&B fallbacks, signals; and bits/dim."""
+
+import logging
+import math
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from conftest import optimal_model
+from PIL import Image
+
+from modeling import device, progress
+from modeling.build import build_model, check_agrees, load_trained, parse_group
+from modeling.checkpoint import save_model
+from modeling.device import Compute, choose_compute
+from modeling.errors import ConfigError, UserError
+from modeling.evaluation import bits_per_dim, held_out_report, strata
+from modeling.history import History
+from modeling.paths import prepared_data, raw_cifar10, state_root
+from modeling.progress import Progress, duration
+from modeling.sampling import draw_samples, timestep_subsequence
+from modeling.schedule import NoiseSchedule, linear_betas
+from modeling.settings import CosineConfig, FolderConfig, ModelConfig, WandbConfig
+from modeling.signals import stop_requests
+from modeling.tracking import Tracker
+
+CPU = Compute(torch.device("cpu"), bf16=False)
+
+
+def test_precision_follows_what_the_device_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert choose_compute("auto", "auto").bf16 is expected
+        assert not choose_compute("cpu", "fp32").bf16 and choose_compute("cpu", "bf16").bf16
+    with pytest.raises(ConfigError, match="device=cuda"):
+        choose_compute("cuda", "auto")
+    assert "float32" in CPU.describe() and "bf16" in Compute(torch.device("cpu"), True).describe()
+
+
+def test_cuda_is_chosen_and_described_where_it_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (100, 200))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    compute = choose_compute("auto", "auto")
+    assert compute == Compute(torch.device("cuda"), False) and compute.describe() == "GPU, float32"
+    assert choose_compute("cpu", "fp32").device.type == "cpu"
+    with pytest.raises(ConfigError, match="precision=bf16"):
+        choose_compute("cuda", "bf16")
+    big = torch.zeros(51, dtype=torch.uint8)
+    assert compute.place(big) is big
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with CUDA")
+def test_cuda_trains_and_samples_as_the_cpu_does():
+    model = build_model(ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4), COSINE, (8, 8, 3), 0)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
+    expected = model(x, t, x)
+    assert torch.allclose(model.cuda()(x.cuda(), t.cuda(), x.cuda()).cpu(), expected, atol=1e-4)
+    compute = device.choose_compute("cuda", "fp32")
+    assert compute.place(torch.zeros(2, dtype=torch.uint8)).is_cuda
+
+
+def test_history_is_cut_back_and_drawn(tmp_path):
+    path = tmp_path / "train.csv"
+    history = History(path, 0)
+    for step in (1, 2, 3):
+        history.add({"step": step, "images": step, "lr": 0.1, "loss": 1 / step, "grad_norm": 2.0})
+    whole = path.read_text()
+    with path.open("a") as file:
+        file.write("4,4,0.")
+    again = History(path, 3)
+    assert [row["step"] for row in again.rows] == ["1", "2"]
+    again.add({"step": 3, "images": 3, "lr": 0.1, "loss": 1 / 3, "grad_norm": 2.0})
+    assert path.read_text() == whole
+    again.add({"step": 4, "images": 4, "lr": 0.1, "held_out_loss": 0.5})
+    again.plot(tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size == (840, 480)
+
+
+def test_durations():
+    shown = [duration(s) for s in (0.4, 89, 120, 5400, 172800)]
+    assert shown == ["0 s", "89 s", "2 min", "1.5 h", "2 days"]
+
+
+def run_progress(monkeypatch, terminal, seconds_a_step):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    shown = Progress(50_000, 32, torch.device("cpu"))
+    shown.started(10)
+    for step in range(11, 21):
+        now[0] += seconds_a_step
+        shown.stepped(step)
+        shown.logged(step, {"loss": 0.5, "held_out_loss": 0.25}, now[0] + 10 * seconds_a_step)
+    shown.close()
+
+
+def test_plain_lines_are_few_and_estimate_the_time(monkeypatch, caplog):
+    with caplog.at_level(logging.INFO):
+        run_progress(monkeypatch, False, 6.0)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "going on after step 10"
+    assert "5.3 images/s: 3 days for 49990 steps" in lines[1] and "experiment=cifar10_cpu" in lines[2]
+    assert len(lines) == 4 and lines[3].startswith("step 16/50000: loss 0.5000, held-out 0.2500, 5.3 images/s")
+
+
+def test_terminal_gets_one_live_bar(monkeypatch, capsys):
+    run_progress(monkeypatch, True, 3.0)
+    shown = capsys.readouterr().err
+    assert "20/50000" in shown and "loss 0.5000" in shown and "images/s: " in shown
+
+
+def test_first_signal_asks_and_second_ends():
+    with stop_requests() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    assert ended.value.code == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("CIFAR10_ROOT", raising=False)
+    assert state_root() == tmp_path and raw_cifar10() == tmp_path / "data/raw"
+    monkeypatch.setenv("CIFAR10_ROOT", "/elsewhere")
+    assert str(raw_cifar10()) == "/elsewhere"
+    images = tmp_path / "images"
+    images.mkdir()
+    plain = type("Plain", (), {"out_dir": None})()
+    before = prepared_data(plain, FolderConfig("folder", str(images), 0.1))
+    (images / "a.png").write_bytes(b"x")
+    assert before != prepared_data(plain, FolderConfig("folder", str(images), 0.1))  # new files, new arrays
+
+
+def offline(**changes):
+    return WandbConfig(**{"mode": "offline", "project": "p", "entity": None, "timeout": 2.0} | changes)
+
+
+def test_online_without_a_key_or_a_server_is_offline_and_says_so(monkeypatch, tmp_path, caplog):
+    for key in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with caplog.at_level(logging.INFO):
+        tracker = Tracker(offline(mode="online"), {"a": 1}, "id1", "name", tmp_path)
+        tracker.log({"x": 1.0}, 1)
+        tracker.finish()
+    assert "no API key" in caplog.text and "wandb sync" in caplog.text
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with caplog.at_level(logging.INFO):
+        tracker = Tracker(offline(mode="online"), {"a": 1}, "id2", "name", tmp_path)
+        tracker.finish()
+    assert "no connection" in caplog.text and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_the_environments_mode_wins(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracker = Tracker(offline(), {}, "id", None, tmp_path)
+    tracker.log({"x": 1.0}, 1)
+    tracker.images("x", torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 1)
+    tracker.artifact("x", "config", tmp_path)
+    tracker.finish()
+    assert not (tmp_path / "wandb").exists()
+    monkeypatch.setenv("WANDB_MODE", "never")
+    with pytest.raises(ConfigError, match="WANDB_MODE=never"):
+        Tracker(offline(), {}, "id", None, tmp_path)
+
+
+COSINE = CosineConfig("cosine", 10, "epsilon", "fixed_small")
+MODEL = ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4)
+
+
+def test_a_trained_model_is_its_file(tmp_path):
+    model = build_model(MODEL, COSINE, (8, 8, 3), 0)
+    config = {"model": vars(MODEL), "diffusion": vars(COSINE)}
+    path = tmp_path / "m.safetensors"
+    save_model(path, model.state_dict(), {"config": config, "image_shape": [8, 8, 3]})
+    loaded, meta = load_trained(path)
+    assert torch.equal(loaded.network.conv_in.weight, model.network.conv_in.weight) and not loaded.training
+    check_agrees(path, meta, parse_group("model", config["model"]), COSINE)
+    with pytest.raises(ConfigError, match=r"diffusion.num_timesteps=20: the model in .* has 10"):
+        check_agrees(path, meta, MODEL, CosineConfig("cosine", 20, "epsilon", "fixed_large"))
+    wider = {"model": vars(MODEL) | {"model_channels": 16}, "diffusion": vars(COSINE)}
+    save_model(path, model.state_dict(), {"config": wider, "image_shape": [8, 8, 3]})
+    with pytest.raises(UserError, match="another architecture"):
+        load_trained(path)
+
+
+def test_draw_samples_is_the_same_whatever_the_batch():
+    model = build_model(MODEL, COSINE, (8, 8, 3), 0).eval()
+    torch.nn.init.normal_(model.network.conv_out.weight)
+    for name in ("ddpm", "ddim"):
+        one = draw_samples(model, range(5), (3, 8, 8), CPU, name=name, steps=4, eta=0.5, batch_size=5)
+        two = draw_samples(model, range(5), (3, 8, 8), CPU, name=name, steps=4, eta=0.5, batch_size=2)
+        assert one.dtype == torch.uint8 and (one.int() - two.int()).abs().max() <= 1
+    assert timestep_subsequence(10, 10)[0] == 9
+
+
+@pytest.mark.parametrize(("num_timesteps", "count"), [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 49), (100, 1)])
+def test_strata_split_all_steps_but_the_first(num_timesteps, count):
+    ranges = strata(num_timesteps, count)
+    assert [t for first, end in ranges for t in range(first, end)] == list(range(1, num_timesteps))
+    assert count is None or len(ranges) <= count
+
+
+def test_bits_per_dim_of_a_part_of_the_time_steps_agrees_with_all():
+    schedule = NoiseSchedule(linear_betas(60, 1e-3, 0.2))
+    model = optimal_model(schedule, lambda x_t, alpha_bar: x_t * alpha_bar.sqrt())
+    images = torch.randint(0, 256, (48, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    whole = bits_per_dim(model, images, 48, None, CPU)
+    part = bits_per_dim(model, images, 11, 12, CPU)
+    spread = math.hypot(whole["bits_per_dim_stderr"], part["bits_per_dim_stderr"])
+    assert abs(whole["bits_per_dim"] - part["bits_per_dim"]) < 4 * spread
+    assert whole["bits_per_dim"] > 7.5  # uniform levels cost 8 bits
+    assert whole["bits_per_dim_timesteps"] == 60 and part["bits_per_dim_timesteps"] == 12
+    report = held_out_report(model, images, 10, CPU)
+    assert set(report["loss_by_t"]) == {"q1", "q2", "q3", "q4"}
+    assert sum(report["loss_by_t"].values()) / 4 == pytest.approx(report["loss"], rel=1e-5)
