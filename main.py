@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from modeling.config import load_config
-from modeling.errors import ConfigError, UserError
+from modeling.errors import ConfigError, Stopped, UserError
 
 ORDER = ("prepare", "train", "sample", "evaluate")
 
@@ -26,8 +26,10 @@ def run(cfg: DictConfig) -> None:
         out = Path(config.out_dir or settings.runtime.output_dir)
         for stage in ORDER if config.stage == "all" else (config.stage,):
             importlib.import_module(f"modeling.stages.{stage}").run(config, out)
+    except Stopped as stopped:
+        _end(str(stopped), stopped.exit_code)
     except UserError as error:
-        _fail(str(error), error.exit_code)  # here, since Hydra adds a line of its own to what leaves this function
+        _end(f"error: {error}", error.exit_code)  # here, since Hydra adds a line to what leaves this function
 
 
 def main() -> None:
@@ -36,11 +38,11 @@ def main() -> None:
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(str(error), ConfigError.exit_code)
+        _end(f"error: {error}", ConfigError.exit_code)
 
 
-def _fail(message: str, exit_code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _end(message: str, exit_code: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
     raise SystemExit(exit_code)
 
 

@@ -9,11 +9,9 @@ import ast
 import hashlib
 import json
 import logging
-import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from modeling.errors import UserError
+from modeling.files import replacing, write_atomic
 
 log = logging.getLogger(__name__)
 KEEP = 2
@@ -54,32 +53,6 @@ def code_hash(entry: str) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in imported_files(entry))).hexdigest()
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; flushed to disk and renamed at the end, or removed if anything failed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path} cannot be written: {error}") from None
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    with _replacing(path) as partial:
-        partial.write_bytes(content)
-
-
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """Saves the state after `step` steps and drops all but the newest two.
 
@@ -87,7 +60,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         UserError: the folder cannot be written; the earlier checkpoints are intact.
     """
     path = folder / f"step-{step:09}.pt"
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         torch.save(dict(state), partial)
         _read_verified(partial)
     for old in checkpoints(folder)[:-KEEP]:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from modeling.files import replacing
+
 
 def to_model(images: Tensor) -> Tensor:
     """uint8 images, any shape, to float32 in [-1, 1]: 0 is -1, 255 is 1."""
@@ -46,6 +48,11 @@ def image_grid(images: Tensor, columns: int | None = None, padding: int = 2) -> 
 
 
 def save_png(path: Path, image: Tensor) -> None:
-    """Writes uint8 [H, W, C] (C = 1 or 3) as a PNG."""
+    """Writes uint8 [H, W, C] (C = 1 or 3) as a PNG.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     array = image.cpu().numpy()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, format="PNG")
+    with replacing(path) as partial:
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(partial, format="PNG")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modeling.checkpoint import write_atomic
+from modeling.files import write_atomic
 from modeling.settings import Config, DataConfig, FolderConfig
 
 

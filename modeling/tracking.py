@@ -13,7 +13,7 @@ from typing import Any
 import wandb
 from torch import Tensor
 
-from modeling.errors import ConfigError, UserError
+from modeling.errors import ConfigError
 from modeling.images import image_grid
 from modeling.settings import WandbConfig
 
@@ -29,10 +29,10 @@ class Tracker:
         config: the resolved configuration: the run's hyperparameters.
         run_id: the same id continues the same run.
         name: what the dashboard calls it.
-        root: wandb/ is made there.
+        root: wandb/ is made there (W&B itself takes a temporary folder if it cannot).
 
     Raises:
-        UserError: the folder cannot be written, or WANDB_MODE has an unknown value.
+        ConfigError: WANDB_MODE has an unknown value.
     """
 
     def __init__(
@@ -75,8 +75,6 @@ class Tracker:
             log.warning("W&B: no connection (%s): this run is offline", str(error).split("\n")[0])
             wandb.teardown()
             self.run = start("offline")
-        except OSError as error:
-            raise UserError(f"W&B cannot write to {root / 'wandb'}: {error}") from None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Logs values under a step."""

@@ -18,9 +18,9 @@ from modeling.checkpoint import (
     load_newest,
     save_checkpoint,
     save_model,
-    write_atomic,
 )
 from modeling.errors import UserError
+from modeling.files import write_atomic
 
 
 def state(step):
@@ -101,7 +101,7 @@ def test_fingerprint_is_stable_and_sensitive():
 
 def test_imported_files_follow_the_import_graph():
     names = {p.stem for p in imported_files("sampling")}
-    assert names == {"sampling", "diffusion", "schedule"}
+    assert names == {"sampling", "device", "diffusion", "errors", "files", "images", "schedule"}
     assert PACKAGE / "shapes.py" in imported_files("data")
     assert code_hash("sampling") != code_hash("diffusion")
 

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,10 +132,50 @@ def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path
     sample = main(state, tmp_path, "stage=sample", f"model.weights={weights}", "sampler=ddim", "sampler.steps=2")
     assert sample.returncode == 0, sample.stderr
     assert len(list(tmp_path.glob("outputs/*/*/samples/*.png"))) == 64
-    arguments = ["stage=evaluate", f"model.weights={weights}", "sampler.steps=2", "evaluation.bpd_images=2"]
+    many = main(state, tmp_path, "stage=sample", f"model.weights={weights}", "sampler.steps=21")
+    assert many.returncode == 2 and many.stderr == "error: sampler.steps=21: the model has 20 time steps\n"
+    shutil.copytree(weights.parent, state / "models")  # where a run under DVC leaves it
+    arguments = ["stage=evaluate", "sampler.steps=2", "evaluation.bpd_images=2"]
     evaluate = main(state, tmp_path, *arguments, WANDB_MODE="disabled")
     assert evaluate.returncode == 0, evaluate.stderr
     assert list(tmp_path.glob("outputs/*/*/reports/evaluate.json")) and list((state / "runs/data").glob("shapes-*"))
+
+
+def test_a_killed_and_a_stopped_training_go_on_bit_for_bit(trained, state, tmp_path):
+    """SIGKILL, then SIGTERM, then to the end; against a run that nothing happened to."""
+    longer = ["trainer.steps=400", "trainer.checkpoint_every=20", "trainer.log_every=100", "trainer.sample_every=1000"]
+    command = [*SMALL, *longer, "stage=train"]
+    outs = []
+    for name in ("undisturbed", "disturbed"):
+        shutil.copytree(trained[0] / "data", tmp_path / name / "data")
+        outs.append(tmp_path / name)
+    root = tmp_path / "root"
+    assert main(root, tmp_path, *command, f"out_dir={outs[0]}", WANDB_MODE="disabled").returncode == 0
+    shutil.rmtree(root)
+    codes, printed, seen = [], [], 0
+    for sent in (signal.SIGKILL, signal.SIGTERM, None):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), *command, f"out_dir={outs[1]}"],
+            cwd=tmp_path,
+            env=environment(root, WANDB_MODE="disabled"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while sent is not None and process.poll() is None:
+            newest = max((int(path.stem[5:]) for path in root.glob("runs/*/step-*.pt")), default=0)
+            if newest > seen:
+                seen = newest
+                process.send_signal(sent)
+                break
+            time.sleep(0.01)
+        stdout, stderr = process.communicate()
+        codes.append(process.returncode)
+        printed.append(stdout + stderr)
+    assert codes == [-signal.SIGKILL, 75, 0], printed
+    assert "error" not in printed[1] and "stopped after step" in printed[1] and "going on after step" in printed[2]
+    for name in ("models/model.safetensors", "reports/train.csv", "reports/curves.png"):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
 
 
 BAD = {
@@ -155,6 +197,10 @@ BAD = {
     "stage=train model.weights=x": "model.weights=x: for stage=sample and stage=evaluate only",
     "stage=train data.num_train=65 out_dir=nowhere": "no prepared data in nowhere",
     "out_dir=occupied/x": "occupied",
+    "stage=train out_dir=taken": "taken/reports cannot be written",
+    "stage=evaluate out_dir=taken": "taken/reports cannot be written",
+    "stage=sample out_dir=taken": "taken/samples cannot be written",
+    "stage=evaluate out_dir=null data.image_size=16": "data=shapes: its images are [16, 16, 3], those of the model [8",
     "a==b": "Error parsing override 'a==b'",
     "data=folder data.path=empty": "no images in empty",
     "data=folder data.path=unreadable": "unreadable/a.png cannot be read as an image",
@@ -173,7 +219,10 @@ def test_bad_input_is_one_line(trained, state, tmp_path, arguments):
         Image.new("RGB", (k, k)).save(tmp_path / f"mixed/{k}.png")
     (tmp_path / "damaged").write_bytes((trained[0] / "models/model.safetensors").read_bytes()[:5000])
     (tmp_path / "occupied").write_text("a file")
-    shutil.copytree(trained[0] / "models", tmp_path / "models")
+    for name in ("models", "taken/models", "taken/data"):
+        shutil.copytree(trained[0] / Path(name).name, tmp_path / name)
+    for name in ("taken/reports", "taken/samples"):
+        (tmp_path / name).write_text("a file where a folder must be")
     typed = arguments.split()
     drop = "data." if any(a.startswith("data=") for a in typed) else "never"
     out = [] if "out_dir" in arguments else [f"out_dir={tmp_path}"]

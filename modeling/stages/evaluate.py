@@ -5,11 +5,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from modeling.checkpoint import write_atomic
 from modeling.data import load_split, read_prepared
 from modeling.device import choose_compute
-from modeling.errors import ConfigError, UserError
+from modeling.errors import ConfigError
 from modeling.evaluation import bits_per_dim, held_out_report
+from modeling.files import make_writable, write_atomic
 from modeling.images import image_grid, save_png
 from modeling.paths import state_root, wandb_id
 from modeling.settings import Config
@@ -32,6 +32,8 @@ def run(config: Config, out: Path) -> None:
     shape = read_prepared(source)["shape"]
     if shape != meta["image_shape"]:
         raise ConfigError(f"data={data.name}: its images are {shape}, those of the model {meta['image_shape']}")
+    target = out / "reports"
+    make_writable(target)
     model = model.to(compute.device)
     test = load_split(source, "test")
     e = config.evaluation
@@ -40,12 +42,7 @@ def run(config: Config, out: Path) -> None:
     report |= bits_per_dim(model, test[: e.bpd_images], e.batch_size, e.bpd_timesteps, compute)
     log.info("%.3f +- %.3f bits/dim", report["bits_per_dim"], report["bits_per_dim_stderr"])
     images = grid_samples(model, meta, config, compute)
-    target = out / "reports"
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        save_png(target / "samples.png", image_grid(images))
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error}") from None
+    save_png(target / "samples.png", image_grid(images))
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
     folder = state_root() / "runs" / meta["run"]
     tracker = Tracker(config.wandb, meta["config"], wandb_id(folder), None, state_root())

@@ -12,7 +12,8 @@ from torch import Tensor
 from modeling.build import check_agrees, load_trained, parse_group
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
-from modeling.errors import ConfigError, UserError
+from modeling.errors import ConfigError
+from modeling.files import make_writable
 from modeling.images import image_grid, save_png
 from modeling.paths import state_root
 from modeling.sampling import draw_samples
@@ -74,12 +75,9 @@ def run(config: Config, out: Path) -> None:
     compute = choose_compute(config.device, config.precision)
     model, meta, _ = trained_model(config, out)
     folder = out / "samples"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        images = grid_samples(model.to(compute.device), meta, config, compute)
-        for k, image in enumerate(images):
-            save_png(folder / f"{k:05}.png", image.permute(1, 2, 0))
-        save_png(out / "samples.png", image_grid(images))
-    except OSError as error:
-        raise UserError(f"samples cannot be written to {folder}: {error}") from None
+    make_writable(folder)
+    images = grid_samples(model.to(compute.device), meta, config, compute)
+    for k, image in enumerate(images):
+        save_png(folder / f"{k:05}.png", image.permute(1, 2, 0))
+    save_png(out / "samples.png", image_grid(images))
     log.info("%d samples: %s, grid: %s", len(images), folder, out / "samples.png")

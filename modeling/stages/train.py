@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from modeling.build import build_model, build_optimizer
-from modeling.checkpoint import checkpoints, code_hash, fingerprint, save_model, write_atomic
+from modeling.checkpoint import checkpoints, code_hash, fingerprint, save_model
 from modeling.data import BatchSource, load_split, read_prepared
 from modeling.device import Compute, choose_compute
-from modeling.errors import ConfigError, Stopped, UserError
+from modeling.errors import ConfigError, Stopped
+from modeling.files import make_writable, write_atomic
 from modeling.history import History
 from modeling.images import image_grid, save_png, to_uint8
 from modeling.paths import state_root, wandb_id
@@ -33,6 +34,7 @@ from modeling.training import Trainer
 
 log = logging.getLogger(__name__)
 EXAMPLES = 64  # real inputs shown in W&B
+RECIPE = ("seed", "precision", "data", "model", "diffusion", "optimizer", "trainer")  # what a model file remembers
 
 
 def run_fingerprint(config: Config, data_sha256: dict[str, str]) -> str:
@@ -116,7 +118,7 @@ def run(config: Config, out: Path) -> None:
     name = run_fingerprint(config, meta["sha256"])
     folder = run_folder(config, name)
     for needed in (folder / "samples", out / "models", out / "reports"):
-        _make_writable(needed)
+        make_writable(needed)
     train, test = load_split(source, "train"), load_split(source, "test")
     resolved = {key: value for key, value in dataclasses.asdict(config).items() if key != "named"}
     tracker = Tracker(config.wandb, resolved, wandb_id(folder), _display_name(config, name), state_root())
@@ -155,7 +157,7 @@ def run(config: Config, out: Path) -> None:
         tracker.finish(exit_code)
     with trainer.ema.swapped_in() as averaged:
         about = {
-            "config": resolved,
+            "config": {key: resolved[key] for key in RECIPE},
             "image_shape": meta["shape"],
             "classes": meta["classes"],
             "fingerprint": name,
@@ -198,16 +200,6 @@ def _announce(config: Config, compute: Compute, model: Any, meta: dict[str, Any]
         t.batch_size,
         folder,
     )
-
-
-def _make_writable(folder: Path) -> None:
-    probe = folder / f".write-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}") from None
 
 
 def _display_name(config: Config, name: str) -> str:
