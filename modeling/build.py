@@ -1,25 +1,18 @@
-"""From settings to objects: the diffusion model, its optimizer, and a trained model from its file.
+"""From settings to objects: the diffusion model and its optimizer.
 
-A published model carries its whole configuration, so that `load_trained` needs nothing but the file. Checks here are
-those that need the data or a file; all others are in config.py.
+Checks here are those that need the data; all others are in config.py. A trained model is read in trained.py.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling.checkpoint import load_model
 from modeling.data import step_seed
 from modeling.diffusion import DiffusionModel
-from modeling.errors import ConfigError, UserError
-from modeling.schedule import NoiseSchedule, cosine_betas, linear_betas
+from modeling.errors import ConfigError
+from modeling.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
 from modeling.settings import (
-    CHOICES,
-    GROUPS,
     AdamConfig,
     AdamWConfig,
     DiffusionConfig,
@@ -27,6 +20,7 @@ from modeling.settings import (
     ModelConfig,
     OptimizerConfig,
     SGDConfig,
+    SigmoidConfig,
 )
 from modeling.unet import UNet
 
@@ -52,22 +46,21 @@ def _require(condition: bool, key: str, value: object, allowed: str) -> None:
 
 
 def build_model(
-    model: ModelConfig, diffusion: DiffusionConfig, image_shape: Sequence[int], seed: int
+    model: ModelConfig, diffusion: DiffusionConfig, image_shape: Sequence[int], num_classes: int, seed: int
 ) -> DiffusionModel:
     """The untrained model, its initial weights a function of `seed`.
 
     Args:
         image_shape: (H, W, C).
+        num_classes: of the data; used if the model is class-conditional.
 
     Raises:
-        ConfigError: the network does not fit the images.
+        ConfigError: the network does not fit the images, or it is class-conditional and there are no classes.
     """
     height, width, channels = image_shape
     check_image_size(model, height, width)
-    if isinstance(diffusion, LinearConfig):
-        betas = linear_betas(diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end)
-    else:
-        betas = cosine_betas(diffusion.num_timesteps)
+    classes_fit = num_classes > 1 or not model.class_conditional
+    _require(classes_fit, "model.class_conditional", True, "the data has no classes (for a folder: sub-folders)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(seed, "init", 0))
         network = UNet(
@@ -80,8 +73,21 @@ def build_model(
             model.num_heads,
             model.dropout,
             model.norm_groups,
+            out_channels=2 * channels if diffusion.variance == "learned" else channels,
+            num_classes=num_classes if model.class_conditional else 0,
         )
-    return DiffusionModel(network, NoiseSchedule(betas), diffusion.prediction_type, diffusion.variance)
+    return DiffusionModel(
+        network, build_schedule(diffusion), diffusion.prediction_type, diffusion.variance, diffusion.min_snr_gamma
+    )
+
+
+def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
+    """The noise schedule that the diffusion group names."""
+    if isinstance(config, LinearConfig):
+        return NoiseSchedule(linear_betas(config.num_timesteps, config.beta_start, config.beta_end))
+    if isinstance(config, SigmoidConfig):
+        return NoiseSchedule(sigmoid_betas(config.num_timesteps, config.start, config.end, config.tau))
+    return NoiseSchedule(cosine_betas(config.num_timesteps))
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -95,51 +101,3 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> to
     return torch.optim.SGD(
         parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
-
-
-def architecture(model: ModelConfig, diffusion: DiffusionConfig) -> dict[str, Any]:
-    """What of the two groups a set of trained weights depends on."""
-    groups = {"model": dataclasses.asdict(model), "diffusion": dataclasses.asdict(diffusion)}
-    for group, key in (("model", "name"), ("model", "weights"), ("model", "dropout"), ("diffusion", "variance")):
-        del groups[group][key]
-    return {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
-
-
-def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
-    """A model from its file, in eval mode on the CPU, and the file's metadata (see stages/train.py).
-
-    Raises:
-        UserError: missing, damaged, or the weights are not those of the architecture that the file names.
-    """
-    tensors, meta = load_model(path)
-    try:
-        model = parse_group("model", meta["config"]["model"])
-        diffusion = parse_group("diffusion", meta["config"]["diffusion"])
-        trained = build_model(model, diffusion, meta["image_shape"], seed=0)
-        trained.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {path} is of another architecture than it says: {reason}") from None
-    return trained.eval(), meta
-
-
-def check_agrees(path: Path, meta: dict[str, Any], model: ModelConfig, diffusion: DiffusionConfig) -> None:
-    """Checks that a configuration asks for the network that a model file holds.
-
-    Raises:
-        ConfigError: it does not; the message names the first key that differs.
-    """
-    asked = architecture(model, diffusion)
-    groups = meta["config"]
-    held = architecture(parse_group("model", groups["model"]), parse_group("diffusion", groups["diffusion"]))
-    for key in sorted({*asked, *held}):
-        if asked.get(key) != held.get(key):
-            raise ConfigError(f"{key}={asked.get(key)}: the model in {path} has {held.get(key)}; leave it out")
-
-
-def parse_group(group: str, values: dict[str, Any]) -> Any:
-    """The dataclass of a group from the plain values that a model file holds."""
-    if group in GROUPS:
-        return GROUPS[group](**values)
-    key, choices = CHOICES[group]
-    return choices[values[key]](**values)

@@ -25,8 +25,10 @@ from modeling.settings import (
     LinearConfig,
     ModelConfig,
     OptimizerConfig,
+    SamplerConfig,
     SGDConfig,
     ShapesConfig,
+    SigmoidConfig,
     TrainerConfig,
 )
 
@@ -104,13 +106,9 @@ def _check(c: Config) -> None:
     _check_diffusion(c.diffusion)
     _check_optimizer(c.optimizer)
     _check_trainer(c.trainer, c.diffusion.num_timesteps)
-    s = c.sampler
-    _positive("sampler", s, "num_samples", "batch_size")
-    limit = c.diffusion.num_timesteps
-    _require(1 <= s.steps <= limit, "sampler.steps", s.steps, f"allowed are 1 to {limit}, diffusion.num_timesteps")
-    _require(s.seed >= 0, "sampler.seed", s.seed, "must not be negative")
-    if isinstance(s, DDIMConfig):
-        _require(0 <= s.eta <= 1, "sampler.eta", s.eta, "must lie in [0, 1]")
+    p = c.trainer.label_dropout
+    _require(c.model.class_conditional or p == 0, "trainer.label_dropout", p, "needs model.class_conditional=true")
+    _check_sampler(c.sampler, c.diffusion.num_timesteps)
     _positive("evaluation", c.evaluation, "batch_size")
     n = c.evaluation.bpd_images
     _require(n is None or n > 1, "evaluation.bpd_images", n, "must be at least 2, or null for all")
@@ -141,8 +139,25 @@ def _check_diffusion(d: DiffusionConfig) -> None:
         _require(
             d.beta_start < d.beta_end, "diffusion.beta_start", d.beta_start, f"must be below beta_end={d.beta_end}"
         )
-    _one_of("diffusion.prediction_type", d.prediction_type, "epsilon")
-    _one_of("diffusion.variance", d.variance, "fixed_large", "fixed_small")
+    if isinstance(d, SigmoidConfig):
+        _require(d.start < d.end, "diffusion.start", d.start, f"must be below end={d.end}")
+        _positive("diffusion", d, "tau")
+    _one_of("diffusion.prediction_type", d.prediction_type, "epsilon", "sample", "v_prediction")
+    _one_of("diffusion.variance", d.variance, "fixed_large", "fixed_small", "learned")
+    gamma = d.min_snr_gamma
+    _require(
+        gamma is None or gamma > 0, "diffusion.min_snr_gamma", gamma, "must be above 0, or null for the simple loss"
+    )
+
+
+def _check_sampler(s: SamplerConfig, num_timesteps: int) -> None:
+    _positive("sampler", s, "num_samples", "batch_size")
+    allowed = f"allowed are 1 to {num_timesteps}, diffusion.num_timesteps"
+    _require(1 <= s.steps <= num_timesteps, "sampler.steps", s.steps, allowed)
+    _require(s.seed >= 0, "sampler.seed", s.seed, "must not be negative")
+    _require(s.guidance_scale >= 0, "sampler.guidance_scale", s.guidance_scale, "must not be negative")
+    if isinstance(s, DDIMConfig):
+        _require(0 <= s.eta <= 1, "sampler.eta", s.eta, "must lie in [0, 1]")
 
 
 def _check_optimizer(o: OptimizerConfig) -> None:
@@ -164,6 +179,7 @@ def _check_trainer(t: TrainerConfig, num_timesteps: int) -> None:
     positive = ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_images", "sample_every")
     _positive("trainer", t, *positive, "sample_images", "checkpoint_every")
     _require(0 <= t.ema_decay < 1, "trainer.ema_decay", t.ema_decay, "must lie in [0, 1)")
+    _require(0 <= t.label_dropout < 1, "trainer.label_dropout", t.label_dropout, "must lie in [0, 1)")
     _one_of("trainer.timestep_sampling", t.timestep_sampling, "uniform", "stratified")
     allowed = f"allowed are 1 to {num_timesteps}, diffusion.num_timesteps"
     _require(1 <= t.sample_steps <= num_timesteps, "trainer.sample_steps", t.sample_steps, allowed)

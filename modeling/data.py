@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,18 @@ from modeling.shapes import CLASSES, draw_shapes
 Uint8 = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 Split = tuple[Uint8, Labels]
+
+
+class LabelledImages(NamedTuple):
+    """A split as the model sees it: uint8 [N, C, H, W] and int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def first(self, count: int | None) -> "LabelledImages":
+        """The first `count`; None: all."""
+        return LabelledImages(self.images[:count], self.labels[:count])
+
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -140,19 +152,20 @@ def read_prepared(source: Path) -> dict[str, Any]:
     return meta
 
 
-def load_split(source: Path, split: str) -> Tensor:
-    """The images of a prepared folder, memory-mapped.
+def load_split(source: Path, split: str) -> LabelledImages:
+    """The images and labels of a prepared folder, the images memory-mapped.
 
     Args:
         source: a prepared folder.
         split: "train" or "test".
 
     Returns:
-        uint8 [N, C, H, W], a view of the file's [N, H, W, C].
+        The images are a view of the file's [N, H, W, C].
     """
     # "c" maps copy-on-write: the tensor may be written to, the file never is.
     array = np.load(source / f"{split}.npy", mmap_mode="c")
-    return torch.from_numpy(array).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(np.load(source / f"{split}_labels.npy"))
+    return LabelledImages(torch.from_numpy(array).permute(0, 3, 1, 2), labels)
 
 
 def _sha256(path: Path) -> str:
@@ -174,14 +187,14 @@ class BatchSource:
     """Draws the training batches: every epoch is a permutation, and a batch may span two epochs.
 
     Args:
-        images: uint8 [N, C, H, W] on the device that trains, or memory-mapped.
+        data: the images on the device that trains, or memory-mapped; the labels on the CPU.
         batch_size: global.
         seed: of the order and the flips.
         random_flip: mirror each image left to right with probability 1/2.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int, random_flip: bool) -> None:
-        self.images = images
+    def __init__(self, data: LabelledImages, batch_size: int, seed: int, random_flip: bool) -> None:
+        self.images, self.all_labels = data
         self.batch_size = batch_size
         self.seed = seed
         self.random_flip = random_flip
@@ -202,6 +215,10 @@ class BatchSource:
             parts.append(self._permutation(epoch)[offset : offset + take])
             position += take
         return torch.cat(parts)
+
+    def labels(self, step: int) -> Tensor:
+        """int64 [B]: the labels of `batch(step)`, on the CPU."""
+        return self.all_labels[self.indices(step)]
 
     def batch(self, step: int) -> Tensor:
         """float32 [B, C, H, W] in [-1, 1], on the device of the images."""

@@ -1,39 +1,53 @@
-"""The diffusion model: the forward process q, its posterior, the network's prediction and the training loss.
+"""The diffusion model: forward process q, its posterior, the network's prediction, the loss and the variational bound.
 
-Ho et al. 2020 (https://arxiv.org/abs/2006.11239), equations 4 to 7, 12, 14 and 15. Images are [N, C, H, W] in [-1, 1];
-`t` is [N] int64 in [0, T), 0-based. No randomness: whoever calls passes the noise and the time steps. The terms of the
-variational bound are in likelihood.py, the samplers in sampling.py.
+Ho et al. 2020 (https://arxiv.org/abs/2006.11239), equations 4 to 7, 12, 14 and 15; v-prediction is Salimans and Ho 2022
+(https://arxiv.org/abs/2202.00512), the learned variance and its hybrid loss Nichol and Dhariwal 2021
+(https://arxiv.org/abs/2102.09672), min-SNR weighting Hang et al. 2023 (https://arxiv.org/abs/2303.09556). Images are
+[N, C, H, W] in [-1, 1]; `t` is [N] int64 in [0, T), 0-based. No randomness: whoever calls passes noise and time steps.
 """
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from modeling.likelihood import discretised_gaussian_log_likelihood, normal_kl
 from modeling.schedule import NoiseSchedule, gather
 
-PREDICTION_TYPES = ("epsilon",)
-VARIANCES = ("fixed_small", "fixed_large")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCES = ("fixed_small", "fixed_large", "learned")
+VLB_WEIGHT = 0.001  # of the bound in the hybrid loss (Nichol and Dhariwal 2021, section 3.1)
 
 
 class Prediction(NamedTuple):
-    """What the network says of x_t: the clean image and the noise in it, both [N, C, H, W]."""
+    """What the network says of x_t: the clean image and the noise in it, both [N, C, H, W].
+
+    With a learned variance also `fraction`, [N, C, H, W]: 0 is the posterior's log-variance, 1 that of beta.
+    """
 
     x_0: Tensor
     eps: Tensor
+    fraction: Tensor | None = None
 
 
 class DiffusionModel(nn.Module):
     """A network under a noise schedule.
 
     Args:
-        network: maps (x_t [N, C, H, W], t [N]) to a prediction of the noise, [N, C, H, W].
+        network: maps (x_t [N, C, H, W], t [N]) to a prediction, [N, C, H, W]; twice the channels if the variance is
+            learned. A class-conditional network takes labels [N] as a third argument.
         schedule: the constants of the forward process.
         prediction_type: what the network predicts; one of PREDICTION_TYPES.
-        variance: of the reverse steps; "fixed_large" is beta_t, "fixed_small" the variance of the posterior.
+        variance: of the reverse steps; "fixed_large" is beta_t, "fixed_small" the variance of the posterior, "learned"
+            lies between the two and is trained by the hybrid loss.
+        min_snr_gamma: weights the training loss by min(SNR, gamma) relative to the loss on x_0; None: no weights.
 
     Raises:
         ValueError: unknown prediction_type or variance.
     """
+
+    loss_weights: Tensor
 
     def __init__(
         self,
@@ -41,6 +55,7 @@ class DiffusionModel(nn.Module):
         schedule: NoiseSchedule,
         prediction_type: str = "epsilon",
         variance: str = "fixed_large",
+        min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
@@ -51,6 +66,17 @@ class DiffusionModel(nn.Module):
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.variance = variance
+        self.min_snr_gamma = min_snr_gamma
+        # A squared error of x_0 is SNR times smaller than the same error as noise, and SNR + 1 times than as v.
+        snr = schedule.snr
+        scale = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
+        weights = torch.ones_like(snr) if min_snr_gamma is None else snr.clamp(max=min_snr_gamma) / scale
+        self.register_buffer("loss_weights", weights, persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """Of a class-conditional network, whose label `num_classes` stands for "none"; else 0."""
+        return int(getattr(self.network, "num_classes", 0))
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draws x_t from q(x_t | x_0), equation 4: sqrt(alphas_cumprod) x_0 + sqrt(1 - alphas_cumprod) noise.
@@ -60,8 +86,8 @@ class DiffusionModel(nn.Module):
             t: [N].
             noise: [N, C, H, W], from N(0, I).
         """
-        s = self.schedule
-        return gather(s.sqrt_alphas_cumprod, t, x_0) * x_0 + gather(s.sqrt_one_minus_alphas_cumprod, t, x_0) * noise
+        signal, sigma = self._signal_and_sigma(t, x_0)
+        return signal * x_0 + sigma * noise
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [N, C, H, W] and variance [N, 1, 1, 1] of q(x_{t-1} | x_t, x_0), equation 7."""
@@ -69,44 +95,130 @@ class DiffusionModel(nn.Module):
         mean = gather(s.posterior_mean_coef1, t, x_t) * x_0 + gather(s.posterior_mean_coef2, t, x_t) * x_t
         return mean, gather(s.posterior_variance, t, x_t)
 
-    def reverse_variance(self, t: Tensor, like: Tensor) -> Tensor:
-        """Variance of the reverse step p(x_{t-1} | x_t) over all T steps, [N, 1, 1, 1] in the dtype of `like`.
-
-        At t = 0 it is that of the decoder: the posterior's at t = 1, since its own is 0 (as in Ho et al.'s code).
-        """
-        s = self.schedule
-        table = (s.betas if self.variance == "fixed_large" else s.posterior_variance).clone()
-        table[0] = s.posterior_variance[1] if s.num_timesteps > 1 else s.betas[0]
-        return gather(table, t, like)
-
-    def predict(self, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, clip_denoised: bool = True, y: Tensor | None = None) -> Prediction:
         """The network's estimate of the clean image and of the noise.
 
         Args:
             x_t: [N, C, H, W].
             t: [N].
             clip_denoised: clip x_0 to [-1, 1], the range of the data; eps is then the noise that fits the clipped x_0.
+            y: [N], the class labels of a class-conditional network.
         """
-        s = self.schedule
-        signal = gather(s.sqrt_alphas_cumprod, t, x_t)
-        sigma = gather(s.sqrt_one_minus_alphas_cumprod, t, x_t)
-        eps: Tensor = self.network(x_t, t).to(x_t.dtype)
-        x_0 = (x_t - sigma * eps) / signal
+        return self.interpret(self.run_network(x_t, t, y), x_t, t, clip_denoised)
+
+    def run_network(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The raw output of the network in the dtype of x_t."""
+        output: Tensor = self.network(x_t, t) if y is None else self.network(x_t, t, y)
+        return output.to(x_t.dtype)
+
+    def interpret(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool) -> Prediction:
+        """What an output of the network says of x_t, whatever the prediction type."""
+        fraction = None
+        if self.variance == "learned":
+            output, raw = output.chunk(2, dim=1)
+            fraction = (raw + 1) / 2
+        signal, sigma = self._signal_and_sigma(t, x_t)
+        if self.prediction_type == "epsilon":
+            eps, x_0 = output, (x_t - sigma * output) / signal
+        elif self.prediction_type == "sample":
+            x_0, eps = output, (x_t - signal * output) / sigma
+        else:  # v = signal eps - sigma x_0
+            x_0, eps = signal * x_t - sigma * output, sigma * x_t + signal * output
         if clip_denoised:
             x_0 = x_0.clamp(-1, 1)
             eps = (x_t - signal * x_0) / sigma
-        return Prediction(x_0, eps)
+        return Prediction(x_0, eps, fraction)
 
-    def forward(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The simple loss, equation 14, of each sample.
+    def log_variance(self, t: Tensor, like: Tensor, fraction: Tensor | None) -> Tensor:
+        """Log-variance of the reverse step p(x_{t-1} | x_t) over all T steps, in the dtype of `like`.
+
+        [N, 1, 1, 1], or [N, C, H, W] if it is learned. At t = 0 it is the decoder's: that of the posterior at t = 1,
+        since the posterior's own is 0 there (as in Ho et al.'s code).
+        """
+        s = self.schedule
+        small = s.posterior_variance.clone()
+        small[0] = small[1] if s.num_timesteps > 1 else s.betas[0]
+        large = s.betas.clone()
+        if self.variance != "learned":
+            large[0] = small[0]
+            return gather((large if self.variance == "fixed_large" else small).log(), t, like)
+        assert fraction is not None
+        return fraction * gather(large.log(), t, like) + (1 - fraction) * gather(small.log(), t, like)
+
+    def forward(self, x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """The training loss of each sample: the simple loss (equation 14) in the space of the prediction type.
+
+        Weighted by min-SNR if asked for; plus the bound on a learned variance (the hybrid loss).
 
         Args:
             x_0: [N, C, H, W] in [-1, 1].
             t: [N].
             noise: [N, C, H, W], from N(0, I).
+            y: [N], class labels.
 
         Returns:
-            [N] in the dtype of x_0: squared error of the predicted noise, averaged over pixels and channels.
+            [N] in the dtype of x_0: squared error averaged over pixels and channels.
         """
-        eps: Tensor = self.network(self.q_sample(x_0, t, noise), t)
-        return (eps.to(noise.dtype) - noise).square().flatten(1).mean(dim=1)
+        x_t = self.q_sample(x_0, t, noise)
+        output = self.run_network(x_t, t, y)
+        signal, sigma = self._signal_and_sigma(t, x_0)
+        target = {"epsilon": noise, "sample": x_0}.get(self.prediction_type)
+        if target is None:
+            target = signal * noise - sigma * x_0
+        loss = (output[:, : x_0.shape[1]] - target).square().flatten(1).mean(1)
+        if self.min_snr_gamma is not None:
+            loss = loss * self.loss_weights[t].to(loss.dtype)
+        if self.variance == "learned":
+            prediction = self.interpret(output, x_t, t, clip_denoised=False)
+            mean = Prediction(prediction.x_0.detach(), prediction.eps.detach(), prediction.fraction)
+            loss = loss + VLB_WEIGHT * self.schedule.num_timesteps * self._bound(x_0, x_t, t, mean)
+        return loss
+
+    def simple_loss(self, x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """Equation 14 without weights, [N]: the squared error of the noise, whatever the network predicts."""
+        prediction = self.predict(self.q_sample(x_0, t, noise), t, clip_denoised=False, y=y)
+        return (prediction.eps - noise).square().flatten(1).mean(1)
+
+    def prior_term(self, x_0: Tensor) -> Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, I)) of each image, [N], in bits a dimension."""
+        s = self.schedule
+        t = torch.full((len(x_0),), s.num_timesteps - 1, device=x_0.device)
+        mean = gather(s.sqrt_alphas_cumprod, t, x_0) * x_0
+        log_variance = gather((1 - s.alphas_cumprod).log(), t, x_0)
+        return _bits(normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance)))
+
+    def bound_term(
+        self, x_0: Tensor, t: Tensor, noise: Tensor, clip_denoised: bool = True, y: Tensor | None = None
+    ) -> Tensor:
+        """One term of the bound at time step t: L_{t-1} for t > 0 and the decoder's L_0 for t = 0.
+
+        Args:
+            x_0: [N, C, H, W] in [-1, 1].
+            t: [N].
+            noise: [N, C, H, W], from N(0, I).
+            clip_denoised: clip the predicted x_0, as the samplers do.
+            y: [N], class labels.
+
+        Returns:
+            [N], in bits a dimension.
+        """
+        x_t = self.q_sample(x_0, t, noise)
+        return self._bound(x_0, x_t, t, self.predict(x_t, t, clip_denoised, y))
+
+    def _bound(self, x_0: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        mean, _ = self.q_posterior(prediction.x_0, x_t, t)
+        true_mean, true_variance = self.q_posterior(x_0, x_t, t)
+        log_variance = self.log_variance(t, x_0, prediction.fraction)
+        decoder = -discretised_gaussian_log_likelihood(x_0, mean, torch.exp(0.5 * log_variance))
+        # At t = 0 the posterior is a point mass; its variance is replaced only to keep the unused branch finite.
+        true_log_variance = torch.where(true_variance > 0, true_variance, 1.0).log()
+        kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
+        return _bits(torch.where((t == 0).reshape(-1, 1, 1, 1), decoder, kl))
+
+    def _signal_and_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.schedule
+        return gather(s.sqrt_alphas_cumprod, t, like), gather(s.sqrt_one_minus_alphas_cumprod, t, like)
+
+
+def _bits(nats: Tensor) -> Tensor:
+    return nats.flatten(1).mean(1) / math.log(2)

@@ -12,21 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.data import step_seed
+from modeling.data import LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
-from modeling.held_out import SEED, held_out_losses
-from modeling.images import to_model
-from modeling.likelihood import bound_term, prior_term
+from modeling.held_out import SEED, held_out_losses, model_inputs
 from modeling.sampling import SampleNoise
 
 
-def held_out_report(model: DiffusionModel, images: Tensor, batch_size: int, compute: Compute) -> dict[str, Any]:
-    """The mean held-out loss of uint8 images [N, C, H, W], its standard error, and the mean of each quartile of t."""
-    losses, t = held_out_losses(model, images, batch_size, compute)
+def held_out_report(model: DiffusionModel, data: LabelledImages, batch_size: int, compute: Compute) -> dict[str, Any]:
+    """The mean held-out loss of a split, and the mean of each quartile of t."""
+    losses, t = held_out_losses(model, data, batch_size, compute)
     quartile = t * 4 // model.schedule.num_timesteps
     parts = {f"q{k + 1}": losses[quartile == k].mean().item() for k in range(4) if bool((quartile == k).any())}
-    return {"loss": losses.double().mean().item(), "loss_by_t": parts, "loss_images": len(images)}
+    return {"loss": losses.double().mean().item(), "loss_by_t": parts, "loss_images": len(losses)}
 
 
 def strata(num_timesteps: int, count: int | None) -> list[tuple[int, int]]:
@@ -45,13 +43,13 @@ def strata(num_timesteps: int, count: int | None) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def bits_per_dim(
-    model: DiffusionModel, images: Tensor, batch_size: int, timesteps: int | None, compute: Compute
+    model: DiffusionModel, data: LabelledImages, batch_size: int, timesteps: int | None, compute: Compute
 ) -> dict[str, Any]:
     """The variational bound in bits a dimension, and its parts.
 
     Args:
         model: in eval mode, on the device.
-        images: uint8 [N, C, H, W].
+        data: images, and the labels that a class-conditional model is given.
         batch_size: changes nothing but memory.
         timesteps: time steps drawn for each image; None: all of them.
         compute: where, and in which precision.
@@ -60,22 +58,22 @@ def bits_per_dim(
         bits_per_dim and its standard error over the images; prior, middle and decoder, which add up to it.
     """
     parts = []
-    for start in range(0, len(images), batch_size):
-        indices = range(start, min(start + batch_size, len(images)))
-        x_0 = to_model(images[start : indices.stop].to(compute.device)).contiguous()
+    for start in range(0, len(data.images), batch_size):
+        indices = range(start, min(start + batch_size, len(data.images)))
+        x_0, y = model_inputs(model, data, indices, compute)
         noise = SampleNoise(SEED + 1, indices, x_0.shape[1:], compute.device)
         generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
 
-        def term(t: Tensor, x_0: Tensor = x_0, noise: SampleNoise = noise) -> Tensor:
+        def term(t: Tensor, x_0: Tensor = x_0, y: Tensor | None = y, noise: SampleNoise = noise) -> Tensor:
             with compute.autocast():
-                return bound_term(model, x_0, t.to(compute.device), noise())[0].double().cpu()
+                return model.bound_term(x_0, t.to(compute.device), noise(), y=y).double().cpu()
 
         decoder = term(torch.zeros(len(x_0), dtype=torch.int64))
         middle = torch.zeros(len(x_0), dtype=torch.float64)
         for first, end in strata(model.schedule.num_timesteps, timesteps):
             t = torch.cat([torch.randint(first, end, (1,), generator=g) for g in generators])
             middle += (end - first) * term(t)
-        parts.append(torch.stack([prior_term(model, x_0).double().cpu(), middle, decoder]))
+        parts.append(torch.stack([model.prior_term(x_0).double().cpu(), middle, decoder]))
     table = torch.cat(parts, dim=1)  # [3, N]
     total, n = table.sum(0), table.shape[1]
     prior, middle_mean, decoder_mean = table.mean(1).tolist()

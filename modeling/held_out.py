@@ -7,7 +7,7 @@ alone. The time steps are stratified: N images get N evenly spaced ones, in an o
 import torch
 from torch import Tensor
 
-from modeling.data import step_seed
+from modeling.data import LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.images import to_model
@@ -23,25 +23,37 @@ def held_out_timesteps(num_images: int, num_timesteps: int) -> Tensor:
     return spread.clamp(max=num_timesteps - 1)[torch.randperm(num_images, generator=generator)]
 
 
+def model_inputs(
+    model: DiffusionModel, data: LabelledImages, indices: range, compute: Compute
+) -> tuple[Tensor, Tensor | None]:
+    """Images `indices` in [-1, 1] and, for a class-conditional model, their labels, on the device."""
+    part = slice(indices.start, indices.stop)
+    x_0 = to_model(data.images[part].to(compute.device)).contiguous()
+    return x_0, data.labels[part].to(compute.device) if model.num_classes else None
+
+
 @torch.no_grad()
-def held_out_losses(model: DiffusionModel, images: Tensor, batch_size: int, compute: Compute) -> tuple[Tensor, Tensor]:
+def held_out_losses(
+    model: DiffusionModel, data: LabelledImages, batch_size: int, compute: Compute
+) -> tuple[Tensor, Tensor]:
     """The loss of each held-out image.
 
     Args:
         model: in eval mode, on the device.
-        images: uint8 [N, C, H, W].
+        data: never trained on; the labels serve a class-conditional model.
         batch_size: changes nothing but memory.
         compute: where, and in which precision.
 
     Returns:
         float32 [N], the losses, and int64 [N], the time steps, both on the CPU.
     """
-    t = held_out_timesteps(len(images), model.schedule.num_timesteps)
+    t = held_out_timesteps(len(data.images), model.schedule.num_timesteps)
     losses = []
-    for start in range(0, len(images), batch_size):
-        indices = range(start, min(start + batch_size, len(images)))
-        x_0 = to_model(images[start : indices.stop].to(compute.device)).contiguous()
+    for start in range(0, len(data.images), batch_size):
+        indices = range(start, min(start + batch_size, len(data.images)))
+        x_0, y = model_inputs(model, data, indices, compute)
         noise = SampleNoise(SEED, indices, x_0.shape[1:], "cpu")().to(compute.device)
         with compute.autocast():
-            losses.append(model(x_0, t[start : indices.stop].to(compute.device), noise).float().cpu())
+            loss = model.simple_loss(x_0, t[start : indices.stop].to(compute.device), noise, y)
+        losses.append(loss.float().cpu())
     return torch.cat(losses), t

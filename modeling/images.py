@@ -23,26 +23,27 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def image_grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
+def image_grid(images: Tensor, rows: int | None = None, padding: int = 2) -> Tensor:
     """Tiles uint8 images on white.
 
     Args:
         images: uint8 [N, C, H, W], C = 1 or 3.
-        columns: images a row; by default as square as N allows.
+        rows: their number, filled column by column; by default as square as N allows, filled row by row.
         padding: white pixels around each.
 
     Returns:
-        uint8 [H', W', C], row by row.
+        uint8 [H', W', C].
     """
     n, c, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
+    by_column = rows is not None
+    columns = math.ceil(n / rows) if rows else math.ceil(math.sqrt(n))
+    rows = rows or math.ceil(n / columns)
     grid = torch.full(
         (c, rows * (height + padding) + padding, columns * (width + padding) + padding), 255, dtype=torch.uint8
     )
     for k, image in enumerate(images.cpu()):
-        top = k // columns * (height + padding) + padding
-        left = k % columns * (width + padding) + padding
+        row, column = (k % rows, k // rows) if by_column else divmod(k, columns)
+        top, left = row * (height + padding) + padding, column * (width + padding) + padding
         grid[:, top : top + height, left : left + width] = image
     return grid.permute(1, 2, 0).contiguous()
 

@@ -1,19 +1,20 @@
 """Samplers: free functions that turn noise x_T into images with a trained DiffusionModel.
 
-Ancestral DDPM (Ho et al. 2020, algorithm 2) and DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502, equation 12),
-both on any subsequence of the time steps. Coefficients are computed once a step, in float64. Noise comes from a
-function, so that sample k draws the same numbers in any batch: see SampleNoise.
+Ancestral DDPM (Ho et al. 2020, algorithm 2), DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502, equation 12) and
+DPM-Solver++ 2M (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2), all on any subsequence of the time
+steps. Coefficients are computed once a step, in float64. Noise comes from a function, so that sample k draws the same
+numbers in any batch: see SampleNoise. Which samples, and in what batches, is chosen in drawing.py.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from modeling.device import Compute
-from modeling.diffusion import DiffusionModel
-from modeling.images import to_uint8
+from modeling.diffusion import Prediction
+from modeling.schedule import NoiseSchedule
 
 NoiseFn = Callable[[], Tensor]
 """Draws fresh noise from N(0, I) in the shape of the images, [N, C, H, W]."""
@@ -29,6 +30,18 @@ def timestep_subsequence(num_timesteps: int, num_steps: int) -> list[int]:
         raise ValueError(f"{num_steps} sampling steps: allowed are 1 to {num_timesteps}, the steps of the model")
     last = num_timesteps - 1
     return [last - round(i * last / max(num_steps - 1, 1)) for i in range(num_steps)]
+
+
+class Denoiser(Protocol):
+    """What a sampler needs: a DiffusionModel, or one that is guided (see guidance.py)."""
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    @property
+    def variance(self) -> str: ...
+
+    def predict(self, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> Prediction: ...
 
 
 class SampleNoise:
@@ -54,7 +67,7 @@ class SampleNoise:
         return torch.stack([torch.randn(self.shape, generator=g, device=self.device) for g in self.generators])
 
 
-def _alphas_cumprod_pairs(model: DiffusionModel, timesteps: Sequence[int]) -> list[tuple[int, float, float]]:
+def _alphas_cumprod_pairs(model: Denoiser, timesteps: Sequence[int]) -> list[tuple[int, float, float]]:
     """(t, alphas_cumprod at t, alphas_cumprod at the step after it in the sequence; 1 behind the last)."""
     table = model.schedule.alphas_cumprod.tolist()
     following = [table[t] for t in timesteps[1:]] + [1.0]
@@ -63,7 +76,7 @@ def _alphas_cumprod_pairs(model: DiffusionModel, timesteps: Sequence[int]) -> li
 
 @torch.no_grad()
 def ddpm_sample(
-    model: DiffusionModel, x_T: Tensor, timesteps: Sequence[int], noise_fn: NoiseFn, clip_denoised: bool = True
+    model: Denoiser, x_T: Tensor, timesteps: Sequence[int], noise_fn: NoiseFn, clip_denoised: bool = True
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), with the model's own `variance`.
 
@@ -79,7 +92,7 @@ def ddpm_sample(
     """
     x = x_T
     for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
-        x_0 = model.predict(x, _full(x, t), clip_denoised).x_0
+        x_0, _, fraction = model.predict(x, _full(x, t), clip_denoised)
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
         coef1 = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar)
@@ -87,13 +100,17 @@ def ddpm_sample(
         x = coef1 * x_0 + coef2 * x
         if t != timesteps[-1]:
             small = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
-            x = x + math.sqrt(beta if model.variance == "fixed_large" else small) * noise_fn()
+            if fraction is not None:  # the learned variance, between the two in the logarithm
+                std = torch.exp(0.5 * (fraction * math.log(beta) + (1 - fraction) * math.log(small)))
+                x = x + std * noise_fn()
+            else:
+                x = x + math.sqrt(beta if model.variance == "fixed_large" else small) * noise_fn()
     return x
 
 
 @torch.no_grad()
 def ddim_sample(
-    model: DiffusionModel,
+    model: Denoiser,
     x_T: Tensor,
     timesteps: Sequence[int],
     noise_fn: NoiseFn,
@@ -115,7 +132,7 @@ def ddim_sample(
     """
     x = x_T
     for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
-        x_0, eps = model.predict(x, _full(x, t), clip_denoised)
+        x_0, eps, _ = model.predict(x, _full(x, t), clip_denoised)
         variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
         x = math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(max(1 - alpha_bar_prev - variance, 0.0)) * eps
         if eta > 0 and t != timesteps[-1]:
@@ -123,51 +140,45 @@ def ddim_sample(
     return x
 
 
-def _full(x: Tensor, t: int) -> Tensor:
-    return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+@torch.no_grad()
+def dpm_solver_sample(model: Denoiser, x_T: Tensor, timesteps: Sequence[int], clip_denoised: bool = True) -> Tensor:
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): a second-order multistep solver of the same ODE as DDIM.
 
-
-def draw_samples(
-    model: DiffusionModel,
-    indices: Sequence[int],
-    shape: Sequence[int],
-    compute: Compute,
-    *,
-    name: str = "ddim",
-    steps: int = 50,
-    eta: float = 0.0,
-    clip_denoised: bool = True,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> Tensor:
-    """Samples number `indices`, each a function of (seed, its index) alone.
+    The first step and the last (to the clean image) are of first order, which is a step of DDIM.
 
     Args:
-        model: in eval mode, on the device.
-        indices: which samples.
-        shape: (C, H, W) of one.
-        compute: where, and in which precision.
-        name: "ddpm" or "ddim".
-        steps: NFE, 1 to T.
-        eta: of DDIM.
+        model: in eval mode.
+        x_T: [N, C, H, W], from N(0, I).
+        timesteps: descending.
         clip_denoised: clip the predicted x_0 to [-1, 1].
-        batch_size: changes nothing but memory.
-        seed: of the whole set.
 
     Returns:
-        uint8 [N, C, H, W] on the CPU.
-
-    Raises:
-        ValueError: more steps than the model has.
+        x_0, [N, C, H, W], nominally in [-1, 1].
     """
-    timesteps = timestep_subsequence(model.schedule.num_timesteps, steps)
-    images = []
-    for start in range(0, len(indices), batch_size):
-        noise = SampleNoise(seed, indices[start : start + batch_size], shape, compute.device)
-        with compute.autocast():
-            if name == "ddpm":
-                x_0 = ddpm_sample(model, noise(), timesteps, noise, clip_denoised)
-            else:
-                x_0 = ddim_sample(model, noise(), timesteps, noise, eta, clip_denoised)
-        images.append(to_uint8(x_0).cpu())
-    return torch.cat(images)
+    x = x_T
+    earlier: tuple[Tensor, float] | None = None  # the last predicted x_0, and the log-SNR half-step that led here
+    for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
+        x_0 = model.predict(x, _full(x, t), clip_denoised).x_0
+        if t == timesteps[-1]:
+            return x_0
+        lam, lam_next = _half_log_snr(alpha_bar), _half_log_snr(alpha_bar_prev)
+        h = lam_next - lam
+        direction = x_0
+        if earlier is not None:
+            previous, h_before = earlier
+            ratio = h / (2 * h_before)
+            direction = (1 + ratio) * x_0 - ratio * previous
+        earlier = x_0, h
+        x = (
+            math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * x
+            - math.sqrt(alpha_bar_prev) * math.expm1(-h) * direction
+        )
+    return x
+
+
+def _half_log_snr(alpha_bar: float) -> float:
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+def _full(x: Tensor, t: int) -> Tensor:
+    return torch.full((len(x),), t, dtype=torch.int64, device=x.device)

@@ -1,8 +1,9 @@
 """Noise schedules of the forward process q, and every constant that is derived from them.
 
 Ho et al. 2020 (https://arxiv.org/abs/2006.11239), equations 2, 4 and 7; the cosine schedule is Nichol and Dhariwal 2021
-(https://arxiv.org/abs/2102.09672), equation 17. `t` is 0-based: t = 0 is one step of noise, t = T - 1 the last.
-All constants are kept in float64 and rounded once, where they are gathered. No network and no randomness here.
+(https://arxiv.org/abs/2102.09672), equation 17, the sigmoid one Jabri et al. 2022 (https://arxiv.org/abs/2212.11972).
+`t` is 0-based: t = 0 is one step of noise, t = T - 1 the last. All constants are kept in float64 and rounded where they
+are gathered. No network and no randomness here.
 """
 
 import math
@@ -16,13 +17,27 @@ def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tens
     return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
 
 
-def cosine_betas(num_timesteps: int, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
+def cosine_betas(num_timesteps: int, offset: float = 0.008) -> Tensor:
     """Betas for which alphas_cumprod is a squared cosine (Nichol and Dhariwal 2021, eq. 17). Returns float64 [T].
 
-    `offset` keeps the first betas from vanishing; `max_beta` prevents the singularity at the last step.
+    `offset` keeps the first betas from vanishing.
     """
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    alphas_cumprod = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+    return _betas(torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2)
+
+
+def sigmoid_betas(num_timesteps: int, start: float, end: float, tau: float) -> Tensor:
+    """Betas for which alphas_cumprod is a sigmoid (Jabri et al. 2022; they use -3 to 3). Returns float64 [T].
+
+    The sigmoid is taken between `start` and `end` and rescaled to fall from 1 to 0; `tau` is its temperature.
+    """
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    s = torch.sigmoid(-(start + u * (end - start)) / tau)
+    return _betas((s - s[-1]) / (s[0] - s[-1]))
+
+
+def _betas(alphas_cumprod: Tensor, max_beta: float = 0.999) -> Tensor:
+    """The betas of a course of alphas_cumprod [T + 1] from 1 down; `max_beta` prevents the singularity at its end."""
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta)
 
 

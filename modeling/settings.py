@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-STAGES = ("all", "prepare", "train", "sample", "evaluate")
+STAGES = ("all", "prepare", "train", "sample", "evaluate", "export")
 
 
 @dataclass
@@ -36,25 +36,30 @@ class ModelConfig:
     num_heads: int
     dropout: float
     norm_groups: int
+    class_conditional: bool = False
     weights: str | None = None
 
 
 @dataclass
-class LinearConfig:
+class DiffusionConfig:
     schedule: str
     num_timesteps: int
-    beta_start: float
-    beta_end: float
     prediction_type: str
     variance: str
+    min_snr_gamma: float | None = None
 
 
 @dataclass
-class CosineConfig:
-    schedule: str
-    num_timesteps: int
-    prediction_type: str
-    variance: str
+class LinearConfig(DiffusionConfig):
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+
+@dataclass
+class SigmoidConfig(DiffusionConfig):
+    start: float = -3.0
+    end: float = 3.0
+    tau: float = 1.0
 
 
 @dataclass
@@ -90,6 +95,7 @@ class TrainerConfig:
     ema_decay: float
     random_flip: bool
     timestep_sampling: str
+    label_dropout: float
     log_every: int
     evaluate_every: int
     evaluate_images: int
@@ -100,17 +106,19 @@ class TrainerConfig:
 
 
 @dataclass
-class DDPMConfig:
+class SamplerConfig:
     name: str
     steps: int
     clip_denoised: bool
     num_samples: int
     batch_size: int
     seed: int
+    guidance_scale: float = 1.0
+    label: str | None = None
 
 
 @dataclass
-class DDIMConfig(DDPMConfig):
+class DDIMConfig(SamplerConfig):
     eta: float = 0.0
 
 
@@ -130,7 +138,6 @@ class WandbConfig:
 
 
 DataConfig = Cifar10Config | ShapesConfig | FolderConfig
-DiffusionConfig = LinearConfig | CosineConfig
 OptimizerConfig = AdamConfig | AdamWConfig | SGDConfig
 
 
@@ -146,7 +153,7 @@ class Config:
     diffusion: DiffusionConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
-    sampler: DDPMConfig
+    sampler: SamplerConfig
     evaluation: EvaluationConfig
     wandb: WandbConfig
     named: frozenset[str] = frozenset()
@@ -161,9 +168,9 @@ class Config:
 # Groups whose keys depend on a choice: the key that chooses, and the dataclass of each choice.
 CHOICES: dict[str, tuple[str, dict[str, type]]] = {
     "data": ("name", {"cifar10": Cifar10Config, "shapes": ShapesConfig, "folder": FolderConfig}),
-    "diffusion": ("schedule", {"linear": LinearConfig, "cosine": CosineConfig}),
+    "diffusion": ("schedule", {"linear": LinearConfig, "cosine": DiffusionConfig, "sigmoid": SigmoidConfig}),
     "optimizer": ("name", {"adam": AdamConfig, "adamw": AdamWConfig, "sgd": SGDConfig}),
-    "sampler": ("name", {"ddpm": DDPMConfig, "ddim": DDIMConfig}),
+    "sampler": ("name", {"ddpm": SamplerConfig, "ddim": DDIMConfig, "dpm_solver": SamplerConfig}),
 }
 GROUPS: dict[str, type] = {
     "model": ModelConfig,

@@ -14,7 +14,6 @@ import wandb
 from torch import Tensor
 
 from modeling.errors import ConfigError
-from modeling.images import image_grid
 from modeling.settings import WandbConfig
 
 log = logging.getLogger(__name__)
@@ -81,11 +80,11 @@ class Tracker:
         if self.run is not None:
             self.run.log(dict(values), step=step)
 
-    def images(self, key: str, images: Tensor, step: int) -> None:
-        """Logs uint8 [N, C, H, W] as one grid."""
+    def image(self, key: str, image: Tensor, step: int) -> None:
+        """Logs uint8 [H, W, C] as a picture."""
         if self.run is not None:
-            grid = image_grid(images).numpy()
-            self.run.log({key: wandb.Image(grid.squeeze(2) if grid.shape[2] == 1 else grid)}, step=step)
+            array = image.numpy()
+            self.run.log({key: wandb.Image(array.squeeze(2) if array.shape[2] == 1 else array)}, step=step)
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
         """Attaches a file to the run."""

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from modeling.checkpoint import load_newest, save_checkpoint
-from modeling.data import BatchSource, step_seed
+from modeling.data import BatchSource, LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
+from modeling.drawing import draw_samples
 from modeling.ema import EMA
 from modeling.errors import Stopped, UserError
 from modeling.held_out import held_out_losses
-from modeling.sampling import draw_samples
-from modeling.settings import OptimizerConfig, TrainerConfig
+from modeling.settings import DDIMConfig, OptimizerConfig, TrainerConfig
 
-EVALUATION_BATCH = 250
+EVALUATION_BATCH = 250  # of the held-out loss and
+SAMPLING_BATCH = 64  # of the sample grids: neither changes a result
 
 
 class Reporter(Protocol):
@@ -75,8 +76,8 @@ class Trainer:
         optimizer_config: for the learning rate's course and the clipping.
         config: the trainer group.
         seed: of the run.
-        train: uint8 [N, C, H, W].
-        test: uint8 [M, C, H, W], for the held-out loss.
+        train: what to train on.
+        test: for the held-out loss.
         compute: where, and in which precision.
         folder: of the rolling checkpoints; a checkpoint in it is resumed.
         reporter: hears what happens.
@@ -90,8 +91,8 @@ class Trainer:
         optimizer_config: OptimizerConfig,
         config: TrainerConfig,
         seed: int,
-        train: Tensor,
-        test: Tensor,
+        train: LabelledImages,
+        test: LabelledImages,
         compute: Compute,
         folder: Path,
         reporter: Reporter,
@@ -102,8 +103,9 @@ class Trainer:
         self.optimizer_config = optimizer_config
         self.config = config
         self.seed = seed
-        self.batches = BatchSource(compute.place(train), config.batch_size, seed, config.random_flip)
-        self.test = test[: config.evaluate_images]
+        placed = LabelledImages(compute.place(train.images), train.labels)
+        self.batches = BatchSource(placed, config.batch_size, seed, config.random_flip)
+        self.test = test.first(config.evaluate_images)
         self.compute = compute
         self.folder = folder
         self.reporter = reporter
@@ -156,6 +158,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         x_0 = self.batches.batch(step).to(device)
+        y = self._labels(step) if self.model.num_classes else None
         generator = self.compute.generator(step_seed(self.seed, "noise", step))
         stratified = self.config.timestep_sampling == "stratified"
         t = draw_timesteps(len(x_0), self.model.schedule.num_timesteps, stratified, generator)
@@ -163,13 +166,20 @@ class Trainer:
         torch.manual_seed(step_seed(self.seed, "dropout", step))
         self.model.train()
         with self.compute.autocast():
-            loss = self.model(x_0, t, noise).mean()
+            loss = self.model(x_0, t, noise, y).mean()
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimizer_config.grad_clip or math.inf)
         self.optimizer.step()
         self.ema.update()
         self.sums += torch.stack([loss.detach(), norm, torch.ones_like(norm)])
+
+    def _labels(self, step: int) -> Tensor:
+        """int64 [B], on the device; a share of them replaced by "none", for classifier-free guidance."""
+        generator = torch.Generator().manual_seed(step_seed(self.seed, "label dropout", step))
+        labels = self.batches.labels(step)
+        dropped = torch.rand(len(labels), generator=generator) < self.config.label_dropout
+        return torch.where(dropped, self.model.num_classes, labels).to(self.compute.device)
 
     def _lap(self, since: float) -> float:
         self._check_finite()  # reads from the device, so it also waits for it
@@ -208,9 +218,9 @@ class Trainer:
         self.reporter.logged(step, row, self.seconds)
         if last or step % c.sample_every == 0:
             with self.ema.swapped_in():
-                images = draw_samples(
-                    self.model, range(c.sample_images), self.test.shape[1:], self.compute, steps=c.sample_steps
-                )
+                sampler = DDIMConfig("ddim", c.sample_steps, True, c.sample_images, SAMPLING_BATCH, seed=0)
+                shape = self.test.images.shape[1:]
+                images = draw_samples(self.model, sampler, range(c.sample_images), shape, self.compute)
             self.reporter.sampled(step, images)
 
     def _save(self) -> None:

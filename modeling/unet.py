@@ -2,7 +2,8 @@
 
 Residual blocks with GroupNorm and SiLU, each fed the time embedding; self-attention at chosen resolutions; skip
 connections from every block of the way down to one of the way up. `ddpm` in conf/model is the paper's CIFAR-10 network,
-35,746,307 parameters. Nothing here knows of noise schedules or losses.
+35,746,307 parameters. A class-conditional network adds an embedding of the label to that of the time (Dhariwal and
+Nichol 2021, https://arxiv.org/abs/2105.05233). Nothing here knows of noise schedules or losses.
 """
 
 import math
@@ -119,7 +120,7 @@ class UNet(nn.Module):
 
     Args:
         image_size: height and width of the images in pixels; divisible by 2 ** (len(channel_mult) - 1).
-        in_channels: of the images, and of the output.
+        in_channels: of the images.
         model_channels: channels at full resolution; a multiple of `norm_groups`.
         channel_mult: channels at each resolution as a multiple of `model_channels`; one entry a resolution.
         num_res_blocks: residual blocks a resolution on the way down (one more on the way up).
@@ -127,6 +128,8 @@ class UNet(nn.Module):
         num_heads: of the attention; divides the channels there.
         dropout: probability, inside the residual blocks.
         norm_groups: groups of every GroupNorm.
+        out_channels: of the prediction; by default those of the images.
+        num_classes: 0: unconditional; else the label `num_classes` stands for "none".
     """
 
     def __init__(
@@ -140,13 +143,18 @@ class UNet(nn.Module):
         num_heads: int = 1,
         dropout: float = 0.1,
         norm_groups: int = 32,
+        out_channels: int | None = None,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.model_channels = model_channels
+        self.num_classes = num_classes
         emb_channels = 4 * model_channels
         self.time_mlp = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
+        if num_classes:
+            self.class_embedding = nn.Embedding(num_classes + 1, emb_channels)
         self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
 
         def block(c_in: int, c_out: int, attend: bool) -> ResBlock:
@@ -178,7 +186,7 @@ class UNet(nn.Module):
                 size *= 2
 
         self.norm_out = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(channels, in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, out_channels or in_channels, 3, padding=1)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -196,11 +204,17 @@ class UNet(nn.Module):
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, AttentionBlock):
                 nn.init.zeros_(module.proj.weight)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: [N, C, H, W] noisy images; t: [N] time steps. Returns the prediction, [N, C, H, W]."""
-        emb = F.silu(self.time_mlp(timestep_embedding(t, self.model_channels)))
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x: [N, C, H, W] noisy images; t: [N] time steps; y: [N] labels. Returns the prediction, [N, C_out, H, W]."""
+        emb = self.time_mlp(timestep_embedding(t, self.model_channels))
+        if self.num_classes:
+            assert y is not None, "a class-conditional network needs labels"
+            emb = emb + self.class_embedding(y)
+        emb = F.silu(emb)
         h = self.conv_in(x)
         skips = [h]
         for layer in self.down:

@@ -10,24 +10,35 @@ from modeling.diffusion import DiffusionModel
 from modeling.schedule import NoiseSchedule, cosine_betas, linear_betas
 
 
-class OptimalEps(nn.Module):
-    """The optimal noise prediction for a data distribution whose denoiser E[x_0 | x_t] is known."""
+class Optimal(nn.Module):
+    """The optimal prediction for data whose denoiser E[x_0 | x_t] is known; a learned variance is beta."""
 
-    def __init__(self, schedule: NoiseSchedule, denoise: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, denoise: Callable[[Tensor, Tensor], Tensor], prediction_type: str, learned: bool
+    ) -> None:
         super().__init__()
         self.schedule = schedule
         self.denoise = denoise
+        self.prediction_type = prediction_type
+        self.learned = learned
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_bar = self.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         x_0 = self.denoise(x_t, alpha_bar)
-        return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+        eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+        out = {"epsilon": eps, "sample": x_0, "v_prediction": v}[self.prediction_type]
+        return torch.cat([out, torch.ones_like(out)], dim=1) if self.learned else out
 
 
 def optimal_model(
-    schedule: NoiseSchedule, denoise: Callable[[Tensor, Tensor], Tensor], variance: str = "fixed_large"
+    schedule: NoiseSchedule,
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    variance: str = "fixed_large",
+    prediction_type: str = "epsilon",
 ) -> DiffusionModel:
-    return DiffusionModel(OptimalEps(schedule, denoise), schedule, variance=variance)
+    network = Optimal(schedule, denoise, prediction_type, variance == "learned")
+    return DiffusionModel(network, schedule, prediction_type, variance)
 
 
 @pytest.fixture(params=["linear", "cosine", "short"])
@@ -43,3 +54,28 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+DEVIATIONS: dict[str, float] = {}
+
+
+@pytest.fixture
+def record_deviation() -> Callable[[str, float], None]:
+    """Notes how far an item is from the peer's; the largest of each is printed at the end of the run."""
+
+    def note(item: str, value: float) -> None:
+        DEVIATIONS[item] = max(DEVIATIONS.get(item, 0.0), value)
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if DEVIATIONS:
+        terminalreporter.section("largest relative deviation from diffusers")
+        for item, value in DEVIATIONS.items():
+            terminalreporter.write_line(f"{value:8.1e}  {item}")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from modeling import data
-from modeling.data import BatchSource, load_split, read_prepared, step_seed, write_prepared
+from modeling.data import BatchSource, LabelledImages, load_split, read_prepared, step_seed, write_prepared
 from modeling.errors import UserError
 from modeling.images import to_model
 from modeling.shapes import CLASSES, COLOURS, draw_shapes
@@ -23,7 +23,8 @@ def test_prepared_round_trip(tmp_path):
     meta = write_prepared(tmp_path / "x", split(5), split(2, offset=7), ["a", "b"])
     assert meta == read_prepared(tmp_path / "x")
     assert (meta["num_train"], meta["num_test"], meta["shape"]) == (5, 2, [4, 4, 3])
-    images = load_split(tmp_path / "x", "train")
+    images, labels = load_split(tmp_path / "x", "train")
+    assert labels.tolist() == [0, 1, 0, 1, 0]
     assert images.shape == (5, 3, 4, 4) and images.dtype == torch.uint8
     assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(split(5)[0]))
     again = write_prepared(tmp_path / "x", split(5), split(2, offset=7), ["a", "b"])
@@ -145,7 +146,7 @@ def test_corrupted_cifar10_is_refused(tiny_cifar10):
 def source(n=10, batch_size=4, flip=False, seed=0):
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    return BatchSource(images, batch_size, seed, flip)
+    return BatchSource(LabelledImages(images, torch.arange(n)), batch_size, seed, flip)
 
 
 def test_every_epoch_is_a_permutation():
@@ -159,6 +160,12 @@ def test_every_epoch_is_a_permutation():
 def test_batches_are_a_function_of_seed_and_step():
     assert torch.equal(source(flip=True).batch(7), source(flip=True).batch(7))
     assert not torch.equal(source(flip=True).batch(7), source(flip=True, seed=1).batch(7))
+
+
+def test_labels_go_with_their_images():
+    s = source()
+    expected = to_model(s.images[s.labels(3)])  # the label of each image is its index
+    assert torch.equal(s.batch(3), expected) and torch.equal(s.labels(3), s.indices(3))
 
 
 def test_batch_larger_than_the_data_set():

@@ -5,7 +5,7 @@ import torch
 from conftest import optimal_model
 from torch import nn
 
-from modeling.diffusion import DiffusionModel
+from modeling.diffusion import PREDICTION_TYPES, DiffusionModel
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.unet import UNet
 
@@ -74,6 +74,58 @@ def test_first_loss_is_the_mean_square_of_the_noise(generator):
     loss = model(torch.zeros(3, 3, 8, 8), torch.tensor([0, 5, 9]), noise)
     assert loss.shape == (3,)
     torch.testing.assert_close(loss, noise.square().flatten(1).mean(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_prediction_types_say_the_same(schedule, generator, prediction_type):
+    """For the same belief about x_0 every type gives the same x_0 and eps, and the same held-out loss."""
+    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, prediction_type=prediction_type)
+    reference = optimal_model(schedule, lambda x, a: torch.tanh(x) * a)
+    n = schedule.num_timesteps
+    x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
+    t = torch.arange(n)
+    for clip in (False, True):
+        got, expected = (m.predict(x_0, t, clip) for m in (model, reference))
+        torch.testing.assert_close(got.x_0, expected.x_0, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(got.eps, expected.eps, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(model.simple_loss(x_0, t, noise), reference.simple_loss(x_0, t, noise))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_losses_of_the_prediction_types_differ_by_powers_of_the_snr(schedule, generator, prediction_type):
+    """|x_0 error|^2 = |eps error|^2 / SNR and |v error|^2 = |eps error|^2 (1 + 1 / SNR); min-SNR makes them one."""
+    n, snr, gamma = schedule.num_timesteps, schedule.snr, 5.0
+    x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
+    t = torch.arange(n)
+    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, prediction_type=prediction_type)
+    eps_loss = model.simple_loss(x_0, t, noise)
+    factor = {"epsilon": torch.ones(n), "sample": 1 / snr, "v_prediction": 1 + 1 / snr}[prediction_type]
+    torch.testing.assert_close(model(x_0, t, noise), eps_loss * factor, rtol=1e-6, atol=1e-10)
+    weighted = DiffusionModel(model.network, schedule, prediction_type, min_snr_gamma=gamma)
+    torch.testing.assert_close(weighted(x_0, t, noise), eps_loss * snr.clamp(max=gamma) / snr, rtol=1e-6, atol=1e-10)
+
+
+def test_hybrid_loss_trains_the_variance_and_only_it(generator):
+    """Its gradient with respect to the mean's channels is that of the simple loss; the rest is the bound's."""
+    schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
+    out = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
+
+    class Constant(nn.Module):
+        def forward(self, x_t, t):
+            return out
+
+    x_0 = torch.randint(0, 256, (20, 1, 2, 2), generator=generator).double() / 127.5 - 1
+    noise = torch.randn(20, 1, 2, 2, generator=generator, dtype=torch.float64)
+    t = torch.arange(20)
+    learned = DiffusionModel(Constant(), schedule, variance="learned")
+    loss = learned(x_0, t, noise)
+    simple = (out[:, :1] - noise).square().flatten(1).mean(1)
+    bound = learned.bound_term(x_0, t, noise, clip_denoised=False)
+    torch.testing.assert_close(loss, simple + 0.001 * 20 * bound)
+    (gradient,) = torch.autograd.grad(loss.sum(), out)
+    (expected,) = torch.autograd.grad(simple.sum(), out)
+    torch.testing.assert_close(gradient[:, :1], expected[:, :1])
+    assert bool((gradient[:, 1:].abs().flatten(1).sum(1) > 0).all()) and bool(gradient.isfinite().all())
 
 
 @pytest.mark.parametrize("option", ["prediction_type", "variance"])

@@ -21,6 +21,9 @@ def test_grid_places_images_row_by_row():
     images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 2, 2) * 10
     grid = image_grid(images, padding=1)
     assert grid.shape == (7, 7, 1)
+    columns = image_grid(images, rows=3, padding=1)
+    assert columns.shape == (10, 4, 1) and columns[[1, 4, 7], 1, 0].tolist() == [0, 10, 20]
+    assert image_grid(images, rows=2, padding=1)[[1, 4, 1], [1, 1, 4], 0].tolist() == [0, 10, 20]
     assert grid[1, 1, 0] == 0 and grid[1, 4, 0] == 10 and grid[4, 1, 0] == 20 and grid[4, 4, 0] == 255
 
 

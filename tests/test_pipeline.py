@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from diffusers import DDPMPipeline
 from PIL import Image
 
 from modeling.checkpoint import imported_files
+from modeling.sampling import SampleNoise
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -141,6 +144,28 @@ def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path
     assert list(tmp_path.glob("outputs/*/*/reports/evaluate.json")) and list((state / "runs/data").glob("shapes-*"))
 
 
+def test_models_go_to_diffusers_and_back(trained, state, tmp_path):
+    """The library's own pipeline draws our samples from the exported folder, and so do we."""
+    weights, common = trained[0] / "models/model.safetensors", ["precision=fp32", f"out_dir={tmp_path}"]
+    exported = main(state, tmp_path, "stage=export", f"model.weights={weights}", *common)
+    assert exported.returncode == 0, exported.stderr
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "diffusers")
+    pipeline.set_progress_bar_config(disable=True)
+    generators = SampleNoise(5, range(4), (3, 8, 8), "cpu").generators
+    images = pipeline(batch_size=4, generator=generators, num_inference_steps=20, output_type="np").images
+    for source in (weights, tmp_path / "diffusers"):
+        sampler = ["sampler=ddpm", "sampler.steps=20", "sampler.num_samples=4", "sampler.seed=5"]
+        sample = main(state, tmp_path, "stage=sample", f"model.weights={source}", *sampler, *common)
+        assert sample.returncode == 0, sample.stderr
+        for k, image in enumerate(images):
+            ours = np.asarray(Image.open(tmp_path / f"samples/{k:05}.png"))
+            assert np.abs(ours - 255 * image).max() <= 1.01  # one level of rounding
+    foreign = [f"model.weights={tmp_path / 'diffusers'}", "data=shapes", "data.image_size=8", "data.num_test=16"]
+    small = ["sampler.steps=2", "evaluation.bpd_images=2", "evaluation.bpd_timesteps=2", "precision=fp32"]
+    evaluate = main(state, tmp_path, "stage=evaluate", *foreign, "data.num_train=64", *small, WANDB_MODE="disabled")
+    assert evaluate.returncode == 0, evaluate.stderr
+
+
 def test_a_killed_and_a_stopped_training_go_on_bit_for_bit(trained, state, tmp_path):
     """SIGKILL, then SIGTERM, then to the end; against a run that nothing happened to."""
     longer = ["trainer.steps=400", "trainer.checkpoint_every=20", "trainer.log_every=100", "trainer.sample_every=1000"]
@@ -193,6 +218,9 @@ BAD = {
     "sampler.steps=21": "sampler.steps=21: allowed are 1 to 20",
     "stage=sample model.weights=absent": "no model in absent",
     "stage=sample model.weights=damaged": "model damaged is damaged",
+    "stage=sample sampler.guidance_scale=2": "sampler.guidance_scale=2.0: the model is not class-conditional",
+    "stage=sample sampler.label=circle": "sampler.label=circle: the model is not class-conditional",
+    "stage=sample model.weights=empty": "empty/config.json cannot be read",
     "stage=sample model.model_channels=32": "model.model_channels=32: the model in",
     "stage=train model.weights=x": "model.weights=x: for stage=sample and stage=evaluate only",
     "stage=train data.num_train=65 out_dir=nowhere": "no prepared data in nowhere",

@@ -12,19 +12,20 @@ from conftest import optimal_model
 from PIL import Image
 
 from modeling import device, progress
-from modeling.build import build_model, check_agrees, load_trained, parse_group
+from modeling.build import build_model
 from modeling.checkpoint import save_model
+from modeling.data import LabelledImages
 from modeling.device import Compute, choose_compute
 from modeling.errors import ConfigError, UserError
 from modeling.evaluation import bits_per_dim, held_out_report, strata
 from modeling.history import History
 from modeling.paths import prepared_data, raw_cifar10, state_root
 from modeling.progress import Progress, duration
-from modeling.sampling import draw_samples, timestep_subsequence
 from modeling.schedule import NoiseSchedule, linear_betas
-from modeling.settings import CosineConfig, FolderConfig, ModelConfig, WandbConfig
+from modeling.settings import DiffusionConfig, FolderConfig, ModelConfig, WandbConfig
 from modeling.signals import stop_requests
 from modeling.tracking import Tracker
+from modeling.trained import check_agrees, load_trained, parse_group
 
 CPU = Compute(torch.device("cpu"), bf16=False)
 
@@ -56,7 +57,7 @@ def test_cuda_is_chosen_and_described_where_it_is(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with CUDA")
 def test_cuda_trains_and_samples_as_the_cpu_does():
-    model = build_model(ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4), COSINE, (8, 8, 3), 0)
+    model = build_model(ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4), COSINE, (8, 8, 3), 0, 0)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
     expected = model(x, t, x)
     assert torch.allclose(model.cuda()(x.cuda(), t.cuda(), x.cuda()).cpu(), expected, atol=1e-4)
@@ -166,7 +167,7 @@ def test_the_environments_mode_wins(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracker = Tracker(offline(), {}, "id", None, tmp_path)
     tracker.log({"x": 1.0}, 1)
-    tracker.images("x", torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 1)
+    tracker.image("x", torch.zeros(2, 2, 3, dtype=torch.uint8), 1)
     tracker.artifact("x", "config", tmp_path)
     tracker.finish()
     assert not (tmp_path / "wandb").exists()
@@ -175,34 +176,24 @@ def test_the_environments_mode_wins(monkeypatch, tmp_path):
         Tracker(offline(), {}, "id", None, tmp_path)
 
 
-COSINE = CosineConfig("cosine", 10, "epsilon", "fixed_small")
+COSINE = DiffusionConfig("cosine", 10, "epsilon", "fixed_small")
 MODEL = ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4)
 
 
 def test_a_trained_model_is_its_file(tmp_path):
-    model = build_model(MODEL, COSINE, (8, 8, 3), 0)
+    model = build_model(MODEL, COSINE, (8, 8, 3), 0, 0)
     config = {"model": vars(MODEL), "diffusion": vars(COSINE)}
     path = tmp_path / "m.safetensors"
-    save_model(path, model.state_dict(), {"config": config, "image_shape": [8, 8, 3]})
+    save_model(path, model.state_dict(), {"config": config, "image_shape": [8, 8, 3], "classes": []})
     loaded, meta = load_trained(path)
     assert torch.equal(loaded.network.conv_in.weight, model.network.conv_in.weight) and not loaded.training
     check_agrees(path, meta, parse_group("model", config["model"]), COSINE)
     with pytest.raises(ConfigError, match=r"diffusion.num_timesteps=20: the model in .* has 10"):
-        check_agrees(path, meta, MODEL, CosineConfig("cosine", 20, "epsilon", "fixed_large"))
+        check_agrees(path, meta, MODEL, DiffusionConfig("cosine", 20, "epsilon", "fixed_large"))
     wider = {"model": vars(MODEL) | {"model_channels": 16}, "diffusion": vars(COSINE)}
-    save_model(path, model.state_dict(), {"config": wider, "image_shape": [8, 8, 3]})
+    save_model(path, model.state_dict(), {"config": wider, "image_shape": [8, 8, 3], "classes": []})
     with pytest.raises(UserError, match="another architecture"):
         load_trained(path)
-
-
-def test_draw_samples_is_the_same_whatever_the_batch():
-    model = build_model(MODEL, COSINE, (8, 8, 3), 0).eval()
-    torch.nn.init.normal_(model.network.conv_out.weight)
-    for name in ("ddpm", "ddim"):
-        one = draw_samples(model, range(5), (3, 8, 8), CPU, name=name, steps=4, eta=0.5, batch_size=5)
-        two = draw_samples(model, range(5), (3, 8, 8), CPU, name=name, steps=4, eta=0.5, batch_size=2)
-        assert one.dtype == torch.uint8 and (one.int() - two.int()).abs().max() <= 1
-    assert timestep_subsequence(10, 10)[0] == 9
 
 
 @pytest.mark.parametrize(("num_timesteps", "count"), [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 49), (100, 1)])
@@ -216,6 +207,7 @@ def test_bits_per_dim_of_a_part_of_the_time_steps_agrees_with_all():
     schedule = NoiseSchedule(linear_betas(60, 1e-3, 0.2))
     model = optimal_model(schedule, lambda x_t, alpha_bar: x_t * alpha_bar.sqrt())
     images = torch.randint(0, 256, (48, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = LabelledImages(images, torch.zeros(48, dtype=torch.int64))
     whole = bits_per_dim(model, images, 48, None, CPU)
     part = bits_per_dim(model, images, 11, 12, CPU)
     spread = math.hypot(whole["bits_per_dim_stderr"], part["bits_per_dim_stderr"])

@@ -9,8 +9,9 @@ from conftest import optimal_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.sampling import SampleNoise, ddim_sample, ddpm_sample, timestep_subsequence
-from modeling.schedule import NoiseSchedule, linear_betas
+from modeling.diffusion import PREDICTION_TYPES
+from modeling.sampling import SampleNoise, ddim_sample, ddpm_sample, dpm_solver_sample, timestep_subsequence
+from modeling.schedule import NoiseSchedule, cosine_betas, linear_betas
 
 
 def noise_like(x, seed=1):
@@ -40,13 +41,82 @@ def test_timestep_subsequence_out_of_range(steps):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 7])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_point_mass_is_returned_exactly(schedule, x_T, steps, eta, variance):
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_point_mass_is_returned_exactly(schedule, x_T, steps, eta, variance, prediction_type):
     c = torch.tensor([0.3, -0.9, 1.0], dtype=torch.float64).reshape(3, 1, 1, 1).expand_as(x_T)
-    model = optimal_model(schedule, lambda x, _: c, variance)
+    model = optimal_model(schedule, lambda x, _: c, variance, prediction_type)
     timesteps = timestep_subsequence(schedule.num_timesteps, steps)
     torch.testing.assert_close(ddpm_sample(model, x_T, timesteps, noise_like(x_T)), c, rtol=0, atol=1e-9)
     torch.testing.assert_close(ddim_sample(model, x_T, timesteps, noise_like(x_T), eta), c, rtol=0, atol=1e-9)
+    torch.testing.assert_close(dpm_solver_sample(model, x_T, timesteps), c, rtol=0, atol=1e-9)
+
+
+@given(st.integers(2, 300), st.data())
+def test_point_mass_under_any_schedule_and_any_subsequence(num_timesteps, data):
+    """Betas, time steps and the value are drawn; every sampler returns the value."""
+    draws = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    schedule = NoiseSchedule(torch.rand(num_timesteps, generator=draws, dtype=torch.float64) * 0.5 + 1e-4)
+    chosen = data.draw(st.sets(st.integers(0, num_timesteps - 1), min_size=1))
+    c = torch.full((1, 1, 2, 2), data.draw(st.floats(-1, 1)), dtype=torch.float64)
+    x = torch.randn(1, 1, 2, 2, generator=draws, dtype=torch.float64)
+    model = optimal_model(schedule, lambda x, _: c)
+    # Very noisy steps lose digits of c: alphas_cumprod down to 1e-90.
+    timesteps = [t for t in sorted(chosen, reverse=True) if schedule.alphas_cumprod[t] > 1e-12] or [0]
+    for sample in (
+        ddpm_sample(model, x, timesteps, noise_like(x)),
+        ddim_sample(model, x, timesteps, noise_like(x), 0.5),
+        dpm_solver_sample(model, x, timesteps),
+    ):
+        torch.testing.assert_close(sample, c, rtol=0, atol=1e-6)
+
+
+def test_the_solvers_of_the_ode_converge_to_its_solution(x_T):
+    """Data N(0, s^2): the ODE has the solution x_0 = s x_T / sqrt(a_T s^2 + 1 - a_T). Order 1 for DDIM, 2 for 2M."""
+    schedule, s2 = NoiseSchedule(cosine_betas(4000)), 0.3
+    model = optimal_model(schedule, lambda x, a: a.sqrt() * s2 / (a * s2 + 1 - a) * x)
+    log_snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).log()
+    start, end = 3600, 400
+    a, b = schedule.alphas_cumprod[start], schedule.alphas_cumprod[end]
+    exact = ((b * s2 + 1 - b) / (a * s2 + 1 - a)).sqrt()
+
+    def error(solve, steps):
+        # Evenly in log-SNR, which the order of the solver refers to; the factor of the last step is divided out.
+        levels = torch.linspace(log_snr[start], log_snr[end], steps + 1, dtype=torch.float64)
+        timesteps = [int((log_snr - level).abs().argmin()) for level in levels]
+        last = b.sqrt() * s2 / (b * s2 + 1 - b)
+        return (solve(timesteps) / (last * x_T) - exact).abs().max().item()
+
+    def ddim(timesteps):
+        clean = ddim_sample(model, x_T, timesteps, noise_like(x_T), clip_denoised=False)
+        return clean
+
+    def second(timesteps):
+        return dpm_solver_sample(model, x_T, timesteps, clip_denoised=False)
+
+    assert error(ddim, 40) < 0.65 * error(ddim, 20) and error(second, 40) < 0.4 * error(second, 20)
+    assert error(second, 20) < 0.2 * error(ddim, 20)
+
+
+def test_dpm_solver_with_one_and_two_steps_is_ddim(schedule, x_T):
+    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a)
+    for steps in (1, 2):
+        timesteps = timestep_subsequence(schedule.num_timesteps, steps)
+        expected = ddim_sample(model, x_T, timesteps, noise_like(x_T))
+        torch.testing.assert_close(dpm_solver_sample(model, x_T, timesteps), expected)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_learned_variance_at_its_ends_is_the_fixed_ones(schedule, x_T, fraction):
+    learned = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "learned")
+    inner = learned.network.forward
+    learned.network.forward = lambda x, t: torch.cat(
+        [inner(x, t).chunk(2, 1)[0], torch.full_like(x, 2 * fraction - 1)], 1
+    )
+    fixed = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "fixed_large" if fraction else "fixed_small")
+    timesteps = timestep_subsequence(schedule.num_timesteps, 5)
+    expected = ddpm_sample(fixed, x_T, timesteps, noise_like(x_T))
+    torch.testing.assert_close(ddpm_sample(learned, x_T, timesteps, noise_like(x_T)), expected)
 
 
 def test_ddim_of_a_standard_normal_is_a_product_of_cosines(schedule, x_T):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling.schedule import NoiseSchedule, cosine_betas, gather, linear_betas
+from modeling.schedule import NoiseSchedule, cosine_betas, gather, linear_betas, sigmoid_betas
 
 
 def test_linear_betas_of_the_paper():
@@ -24,6 +24,15 @@ def test_cosine_schedule_is_the_squared_cosine():
 
     torch.testing.assert_close(schedule.alphas_cumprod[:-1], f(u) / f(torch.zeros_like(u)))
     assert schedule.betas[-1] == 0.999
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+def test_sigmoid_schedule_is_the_rescaled_sigmoid(tau):
+    schedule = NoiseSchedule(sigmoid_betas(50, -3.0, 3.0, tau))
+    u = torch.arange(51, dtype=torch.float64) / 50
+    f = 1 / (1 + torch.exp((6 * u - 3) / tau))
+    torch.testing.assert_close(schedule.alphas_cumprod[:-1], ((f - f[-1]) / (f[0] - f[-1]))[1:-1])
+    assert schedule.betas[-1] == 0.999 and schedule.alphas_cumprod[24].item() == pytest.approx(0.5)
 
 
 def test_variance_recursion(schedule):

@@ -1,5 +1,6 @@
 """The training loop: its randomness, its schedule, and that a stopped run goes on bit for bit."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,18 +9,27 @@ from torch import nn
 
 from modeling.build import build_model, build_optimizer
 from modeling.checkpoint import checkpoints, load_newest
-from modeling.data import step_seed
+from modeling.data import LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.errors import Stopped, UserError
 from modeling.held_out import held_out_losses, held_out_timesteps
 from modeling.schedule import NoiseSchedule, linear_betas
-from modeling.settings import AdamConfig, AdamWConfig, LinearConfig, ModelConfig, SGDConfig, TrainerConfig
+from modeling.settings import (
+    AdamConfig,
+    AdamWConfig,
+    DiffusionConfig,
+    LinearConfig,
+    ModelConfig,
+    SGDConfig,
+    SigmoidConfig,
+    TrainerConfig,
+)
 from modeling.training import Trainer, draw_timesteps, learning_rate
 
 CPU = Compute(torch.device("cpu"), bf16=False)
 MODEL = ModelConfig("test", 8, [1, 2], 1, [4], 1, 0.1, 4)
-DIFFUSION = LinearConfig("linear", 20, 1e-3, 0.2, "epsilon", "fixed_large")
+DIFFUSION = LinearConfig("linear", 20, "epsilon", "fixed_large", None, 1e-3, 0.2)
 
 
 def adam(**changes):
@@ -33,6 +43,7 @@ def trainer_config(**changes):
         "ema_decay": 0.9,
         "random_flip": True,
         "timestep_sampling": "uniform",
+        "label_dropout": 0.0,
         "log_every": 3,
         "evaluate_every": 5,
         "evaluate_images": 6,
@@ -65,19 +76,22 @@ class Recorder:
         self.grids[step] = images
 
 
-def make(folder, recorder, stop_at=None, optimizer=None, **changes):
+def make(folder, recorder, stop_at=None, optimizer=None, model=None, diffusion=None, plain=False, **changes):
     optimizer = optimizer or adam(betas=[0.9, 0.99])
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (10, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    model = build_model(MODEL, DIFFUSION, (8, 8, 3), seed=0)
+    if plain:  # one colour an image: quick to learn
+        images = images[:, :, :1, :1].expand(10, 3, 8, 8)
+    data = LabelledImages(images, torch.arange(10) % 2)
+    model = build_model(model or MODEL, diffusion or DIFFUSION, (8, 8, 3), 2, seed=0)
     return Trainer(
         model,
         build_optimizer(optimizer, model.parameters()),
         optimizer,
         trainer_config(**changes),
         0,
-        images,
-        images[:8],
+        data,
+        data.first(8),
         CPU,
         folder,
         recorder,
@@ -174,11 +188,46 @@ def test_training_learns(tmp_path):
     assert recorder.rows[150]["loss"] < 0.8 * recorder.rows[50]["loss"] < 0.8
 
 
+OPTIONS = {
+    "sample": LinearConfig("linear", 20, "sample", "fixed_small", None, 1e-3, 0.2),
+    "v_prediction": LinearConfig("linear", 20, "v_prediction", "fixed_small", None, 1e-3, 0.2),
+    "cosine": DiffusionConfig("cosine", 20, "epsilon", "fixed_small"),
+    "sigmoid": SigmoidConfig("sigmoid", 20, "epsilon", "fixed_small"),
+    "min-SNR": LinearConfig("linear", 20, "v_prediction", "fixed_small", 5.0, 1e-3, 0.2),
+    "learned": LinearConfig("linear", 20, "epsilon", "learned", None, 1e-3, 0.2),
+    "all": SigmoidConfig("sigmoid", 20, "v_prediction", "learned", 5.0),
+}
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_learns(tmp_path, option, conditional):
+    """A loss that falls, and a held-out loss in the space of the noise that falls with it; sampling runs."""
+    recorder = Recorder()
+    network = dataclasses.replace(MODEL, class_conditional=conditional)
+    fast = adam(lr=5e-3, betas=[0.9, 0.99])
+    changes = {"steps": 120, "log_every": 40, "evaluate_every": 40, "sample_every": 120, "checkpoint_every": 1000}
+    changes["label_dropout"] = 0.2 if conditional else 0.0
+    make(tmp_path, recorder, optimizer=fast, model=network, diffusion=OPTIONS[option], plain=True, **changes).run()
+    first, last = recorder.rows[40], recorder.rows[120]
+    assert last["loss"] < 0.8 * first["loss"] and last["held_out_loss"] < 0.8 * first["held_out_loss"]
+    assert recorder.grids[120].shape == (2, 3, 8, 8)
+
+
+def test_a_conditional_network_is_told_the_class_and_sometimes_not(tmp_path):
+    trainer = make(tmp_path, Recorder(), model=dataclasses.replace(MODEL, class_conditional=True), label_dropout=0.3)
+    given = torch.cat([trainer._labels(step) for step in range(500)])
+    true = torch.cat([trainer.batches.labels(step) for step in range(500)])
+    dropped = given == 2
+    assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(given[~dropped], true[~dropped])
+
+
 def test_first_step_is_the_definition(tmp_path):
     """One SGD step, computed by hand from the functions of (seed, step) and autograd."""
     sgd = SGDConfig("sgd", 0.1, 0, "none", None, momentum=0.0, weight_decay=0.0)
     trainer = make(tmp_path, Recorder(), optimizer=sgd, steps=1)
-    reference = build_model(MODEL, DIFFUSION, (8, 8, 3), seed=0).train()
+    reference = build_model(MODEL, DIFFUSION, (8, 8, 3), 2, seed=0).train()
     x_0 = trainer.batches.batch(0)
     generator = torch.Generator().manual_seed(step_seed(0, "noise", 0))
     t = torch.randint(20, (4,), generator=generator)
@@ -234,6 +283,7 @@ class Zero(nn.Module):
 def test_held_out_loss_of_the_zero_network_is_the_power_of_the_noise():
     model = DiffusionModel(Zero(), NoiseSchedule(linear_betas(100, 1e-4, 0.02)))
     images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+    images = LabelledImages(images, torch.zeros(40, dtype=torch.int64))
     losses, t = held_out_losses(model, images, 40, CPU)
     assert losses.mean().item() == pytest.approx(1, abs=0.02)
     assert torch.equal(losses, held_out_losses(model, images, 7, CPU)[0])  # whatever the batch size

@@ -7,10 +7,11 @@ from typing import Any
 
 from modeling.data import load_split, read_prepared
 from modeling.device import choose_compute
+from modeling.drawing import sample_grid
 from modeling.errors import ConfigError
 from modeling.evaluation import bits_per_dim, held_out_report
 from modeling.files import make_writable, write_atomic
-from modeling.images import image_grid, save_png
+from modeling.images import save_png
 from modeling.paths import state_root, wandb_id
 from modeling.settings import Config
 from modeling.stages.prepare import ensure_prepared
@@ -38,11 +39,12 @@ def run(config: Config, out: Path) -> None:
     test = load_split(source, "test")
     e = config.evaluation
     report: dict[str, Any] = held_out_report(model, test, e.batch_size, compute)
-    log.info("held-out loss %.5f over %d images", report["loss"], len(test))
-    report |= bits_per_dim(model, test[: e.bpd_images], e.batch_size, e.bpd_timesteps, compute)
+    log.info("held-out loss %.5f over %d images", report["loss"], report["loss_images"])
+    report |= bits_per_dim(model, test.first(e.bpd_images), e.batch_size, e.bpd_timesteps, compute)
     log.info("%.3f +- %.3f bits/dim", report["bits_per_dim"], report["bits_per_dim_stderr"])
     images = grid_samples(model, meta, config, compute)
-    save_png(target / "samples.png", image_grid(images))
+    grid = sample_grid(images, model.num_classes)
+    save_png(target / "samples.png", grid)
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
     folder = state_root() / "runs" / meta["run"]
     tracker = Tracker(config.wandb, meta["config"], wandb_id(folder), None, state_root())
@@ -50,6 +52,6 @@ def run(config: Config, out: Path) -> None:
     for key in ("loss_by_t", "bits_per_dim_parts"):
         flat |= {f"{key}/{part}": value for part, value in report[key].items()}
     tracker.log({f"evaluate/{key}": value for key, value in flat.items()}, meta["steps"] + 1)
-    tracker.images("evaluate/samples", images, meta["steps"] + 1)
+    tracker.image("evaluate/samples", grid, meta["steps"] + 1)
     tracker.finish()
     log.info("metrics and samples: %s", target)

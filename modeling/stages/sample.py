@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from modeling.build import check_agrees, load_trained, parse_group
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
+from modeling.drawing import draw_samples, sample_grid
 from modeling.errors import ConfigError
 from modeling.files import make_writable
-from modeling.images import image_grid, save_png
+from modeling.images import save_png
 from modeling.paths import state_root
-from modeling.sampling import draw_samples
-from modeling.settings import Config, DataConfig, DDIMConfig
+from modeling.settings import Config, DataConfig
+from modeling.trained import check_agrees, load_trained, parse_group
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 def trained_model(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, Any], DataConfig]:
     """The model to sample or evaluate, its metadata, and the data set that goes with it.
 
-    The file: model.weights, else models/model.safetensors under `out` or else under the repository. What the user did
-    not name (model, diffusion, data) is what the file says.
+    The file: model.weights (or a folder of diffusers), else models/model.safetensors under `out` or else under the
+    repository. What the user did not name (model, diffusion, data) is what the file says.
 
     Raises:
         UserError: no such file, damaged, or another network than the one that the user named.
@@ -41,8 +41,9 @@ def trained_model(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, 
     asked_diffusion = config.diffusion if config.names("diffusion") else parse_group("diffusion", held["diffusion"])
     asked_model = config.model if config.names("model") else parse_group("model", held["model"])
     check_agrees(path, meta, asked_model, asked_diffusion)
-    model.variance = asked_diffusion.variance
-    data: DataConfig = config.data if config.names("data") else parse_group("data", held["data"])
+    model.variance = asked_diffusion.variance  # agrees if it is learned; the fixed ones are free
+    named = config.names("data") or "data" not in held  # a foreign model does not say what it was trained on
+    data: DataConfig = config.data if named else parse_group("data", held["data"])
     return model, meta, data
 
 
@@ -52,18 +53,19 @@ def grid_samples(model: DiffusionModel, meta: dict[str, Any], config: Config, co
     height, width, channels = meta["image_shape"]
     if s.steps > model.schedule.num_timesteps:
         raise ConfigError(f"sampler.steps={s.steps}: the model has {model.schedule.num_timesteps} time steps")
-    return draw_samples(
-        model,
-        range(s.num_samples),
-        (channels, height, width),
-        compute,
-        name=s.name,
-        steps=s.steps,
-        eta=s.eta if isinstance(s, DDIMConfig) else 1.0,
-        clip_denoised=s.clip_denoised,
-        batch_size=s.batch_size,
-        seed=s.seed,
-    )
+    if model.num_classes == 0:
+        for key, value, default in (("guidance_scale", s.guidance_scale, 1), ("label", s.label, None)):
+            if value != default:
+                raise ConfigError(f"sampler.{key}={value}: the model is not class-conditional")
+    elif s.guidance_scale != 1 and not meta["config"]["trainer"]["label_dropout"]:
+        raise ConfigError(
+            f"sampler.guidance_scale={s.guidance_scale}: the model was trained with trainer.label_dropout=0, so it "
+            "knows no prediction without a label"
+        )
+    if s.label is not None and s.label not in meta["classes"]:
+        raise ConfigError(f"sampler.label={s.label}: allowed are {', '.join(meta['classes'])}, or null for all")
+    label = None if s.label is None else meta["classes"].index(s.label)
+    return draw_samples(model, s, range(s.num_samples), (channels, height, width), compute, label)
 
 
 def run(config: Config, out: Path) -> None:
@@ -79,5 +81,5 @@ def run(config: Config, out: Path) -> None:
     images = grid_samples(model.to(compute.device), meta, config, compute)
     for k, image in enumerate(images):
         save_png(folder / f"{k:05}.png", image.permute(1, 2, 0))
-    save_png(out / "samples.png", image_grid(images))
+    save_png(out / "samples.png", sample_grid(images, model.num_classes if config.sampler.label is None else 0))
     log.info("%d samples: %s, grid: %s", len(images), folder, out / "samples.png")

@@ -20,6 +20,7 @@ from modeling.build import build_model, build_optimizer
 from modeling.checkpoint import checkpoints, code_hash, fingerprint, save_model
 from modeling.data import BatchSource, load_split, read_prepared
 from modeling.device import Compute, choose_compute
+from modeling.drawing import sample_grid
 from modeling.errors import ConfigError, Stopped
 from modeling.files import make_writable, write_atomic
 from modeling.history import History
@@ -34,16 +35,17 @@ from modeling.training import Trainer
 
 log = logging.getLogger(__name__)
 EXAMPLES = 64  # real inputs shown in W&B
+TRAINS = ("batch_size", "ema_decay", "random_flip", "timestep_sampling", "label_dropout")  # of the trainer group
 RECIPE = ("seed", "precision", "data", "model", "diffusion", "optimizer", "trainer")  # what a model file remembers
 
 
 def run_fingerprint(config: Config, data_sha256: dict[str, str]) -> str:
     """Names a run by all that determines its weights: not its duration, its logging or its device."""
     model, diffusion = dataclasses.asdict(config.model), dataclasses.asdict(config.diffusion)
-    del model["name"], model["weights"], diffusion["variance"]
-    trainer = {
-        key: getattr(config.trainer, key) for key in ("batch_size", "ema_decay", "random_flip", "timestep_sampling")
-    }
+    del model["name"], model["weights"]
+    if diffusion["variance"] != "learned":
+        del diffusion["variance"]
+    trainer = {key: getattr(config.trainer, key) for key in TRAINS}
     parts: dict[str, Any] = {
         "seed": config.seed,
         "precision": config.precision,
@@ -70,12 +72,15 @@ def run_folder(config: Config, name: str) -> Path:
 class _Reports:
     """Passes what the Trainer tells on to the CSV, the pictures, the progress bar and W&B."""
 
-    def __init__(self, folder: Path, progress: Progress, tracker: Tracker, examples: Tensor, batch_size: int) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress, tracker: Tracker, examples: Tensor, batch_size: int, num_classes: int
+    ) -> None:
         self.folder = folder
         self.progress = progress
         self.tracker = tracker
         self.examples = examples
         self.batch_size = batch_size
+        self.num_classes = num_classes
         self.values: dict[str, float] = {}
 
     def started(self, step: int) -> None:
@@ -84,7 +89,7 @@ class _Reports:
             if int(path.stem.split("-")[1]) >= step:
                 path.unlink()
         if step == 0:
-            self.tracker.images("inputs", self.examples, 0)
+            self.tracker.image("inputs", image_grid(self.examples), 0)
         self.progress.started(step)
 
     def stepped(self, step: int) -> None:
@@ -98,8 +103,9 @@ class _Reports:
         self.tracker.log({f"train/{key}": value for key, value in (row | speed).items() if key != "step"}, step)
 
     def sampled(self, step: int, images: Tensor) -> None:
-        save_png(self.folder / "samples" / f"step-{step:09}.png", image_grid(images))
-        self.tracker.images("train/samples", images, step)
+        grid = sample_grid(images, self.num_classes)
+        save_png(self.folder / "samples" / f"step-{step:09}.png", grid)
+        self.tracker.image("train/samples", grid, step)
 
 
 def run(config: Config, out: Path) -> None:
@@ -114,7 +120,8 @@ def run(config: Config, out: Path) -> None:
     compute = choose_compute(config.device, config.precision)
     source = ensure_prepared(config, config.data)
     meta = read_prepared(source)
-    model = build_model(config.model, config.diffusion, meta["shape"], config.seed).to(compute.device)
+    model = build_model(config.model, config.diffusion, meta["shape"], len(meta["classes"]), config.seed)
+    model = model.to(compute.device)
     name = run_fingerprint(config, meta["sha256"])
     folder = run_folder(config, name)
     for needed in (folder / "samples", out / "models", out / "reports"):
@@ -126,7 +133,7 @@ def run(config: Config, out: Path) -> None:
     examples = to_uint8(
         BatchSource(train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip).batch(0)
     )
-    reports = _Reports(folder, progress, tracker, examples, config.trainer.batch_size)
+    reports = _Reports(folder, progress, tracker, examples, config.trainer.batch_size, model.num_classes)
     _announce(config, compute, model, meta, folder)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
     tracker.artifact("config", "config", folder / "config.yaml")
