@@ -19,6 +19,7 @@ from modeling.held_out import SEED, held_out_losses
 from modeling.images import to_model
 from modeling.likelihood import bound_term, prior_term
 from modeling.sampling import SampleNoise
+from modeling.signals import poll
 
 
 def held_out_report(model: DiffusionModel, images: Tensor, batch_size: int, compute: Compute) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def bits_per_dim(
         generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
 
         def term(t: Tensor, x_0: Tensor = x_0, noise: SampleNoise = noise) -> Tensor:
+            poll()
             with compute.autocast():
                 return bound_term(model, x_0, t.to(compute.device), noise())[0].double().cpu()
 

@@ -12,6 +12,7 @@ from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.images import to_model
 from modeling.sampling import SampleNoise
+from modeling.signals import poll
 
 SEED = 0  # of the fixed noise: not the run's, so that runs of different seeds are compared on the same noise
 
@@ -39,6 +40,7 @@ def held_out_losses(model: DiffusionModel, images: Tensor, batch_size: int, comp
     t = held_out_timesteps(len(images), model.schedule.num_timesteps)
     losses = []
     for start in range(0, len(images), batch_size):
+        poll()
         indices = range(start, min(start + batch_size, len(images)))
         x_0 = to_model(images[start : indices.stop].to(compute.device)).contiguous()
         noise = SampleNoise(SEED, indices, x_0.shape[1:], "cpu")().to(compute.device)

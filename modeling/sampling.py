@@ -14,6 +14,7 @@ from torch import Tensor
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.images import to_uint8
+from modeling.signals import poll
 
 NoiseFn = Callable[[], Tensor]
 """Draws fresh noise from N(0, I) in the shape of the images, [N, C, H, W]."""
@@ -79,6 +80,7 @@ def ddpm_sample(
     """
     x = x_T
     for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
+        poll()
         x_0 = model.predict(x, _full(x, t), clip_denoised).x_0
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
@@ -115,6 +117,7 @@ def ddim_sample(
     """
     x = x_T
     for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
+        poll()
         x_0, eps = model.predict(x, _full(x, t), clip_denoised)
         variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
         x = math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(max(1 - alpha_bar_prev - variance, 0.0)) * eps
