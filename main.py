@@ -1,6 +1,7 @@
 """Runs the stage that the configuration names: python main.py stage=train model=small trainer.steps=1000."""
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modeling.config import load_config
 from modeling.errors import ConfigError, Stopped, UserError
+from modeling.faults import explain
+from modeling.signals import command_again, poll, stop_requests
 
 ORDER = ("prepare", "train", "sample", "evaluate")
 
@@ -21,29 +24,42 @@ ORDER = ("prepare", "train", "sample", "evaluate")
 def run(cfg: DictConfig) -> None:
     """Checks the configuration and runs its stage, or all of them in order."""
     settings = HydraConfig.get()
+    stage = ""
     try:
         config = load_config(cfg, settings.overrides.task)
         out = Path(config.out_dir or settings.runtime.output_dir)
         for stage in ORDER if config.stage == "all" else (config.stage,):
+            poll()
             importlib.import_module(f"modeling.stages.{stage}").run(config, out)
-    except Stopped as stopped:
-        _end(str(stopped), stopped.exit_code)
-    except UserError as error:
-        _end(f"error: {error}", error.exit_code)  # here, since Hydra adds a line to what leaves this function
+    except Exception as error:  # here, since Hydra adds a line to what leaves this function
+        _end(error, stage)
 
 
 def main() -> None:
     """Runs the command line; what a user can put right is one line, without a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
+    logging.raiseExceptions = False  # a log file on a full disk must not hide what went wrong
     try:
-        run()
-    except (HydraException, OmegaConfBaseException) as error:
-        _end(f"error: {error}", ConfigError.exit_code)
+        with stop_requests():
+            run()
+    except Exception as error:
+        _end(error, "")
 
 
-def _end(message: str, exit_code: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
-    raise SystemExit(exit_code)
+def _end(error: Exception, stage: str) -> None:
+    """Ends the process with one line, or passes on what is a bug."""
+    code = error.exit_code if isinstance(error, UserError) else 1
+    if isinstance(error, Stopped):
+        line: str | None = f"{error}; to go on: {command_again()}"
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        line, code = f"error: {error}", ConfigError.exit_code
+    else:
+        known = str(error) if isinstance(error, UserError) else explain(error, stage)
+        line = known and f"error: {known}"
+    if line is None:
+        raise error
+    print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

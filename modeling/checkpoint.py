@@ -1,17 +1,17 @@
 """Rolling checkpoints of the whole training state, and the fingerprint that says whose they are.
 
 A checkpoint is written beside its target, flushed, read back and renamed; the two newest stay; a damaged one is skipped
-with a warning. It holds plain types and tensors only, so nothing is unpickled. Published models are safetensors whose
-metadata carry the configuration, so that a network can be rebuilt from the file alone.
+with a warning, but where all are damaged nobody starts from zero unasked. It holds plain types and tensors only, so
+nothing is unpickled. Published models are safetensors whose metadata carry the configuration, so that a network can be
+rebuilt from the file alone.
 """
 
 import ast
 import hashlib
 import json
 import logging
-import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from modeling.files import replacing, write_atomic
 
 log = logging.getLogger(__name__)
 KEEP = 2
+VERSION = 1  # of what a checkpoint holds; a file of another version is not read
 PACKAGE = Path(__file__).parent
 
 
@@ -61,8 +62,9 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """
     path = folder / f"step-{step:09}.pt"
     with replacing(path) as partial:
-        torch.save(dict(state), partial)
-        _read_verified(partial)
+        with partial.open("wb") as file:  # given a path, torch does not say that the disk is full
+            torch.save({"version": VERSION, **state}, file)
+        read_checkpoint(partial)
     for old in checkpoints(folder)[:-KEEP]:
         old.unlink()
     return path
@@ -73,24 +75,60 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, on the CPU, or None. Damaged ones are skipped with a warning."""
-    for path in reversed(checkpoints(folder)):
-        try:
-            return _read_verified(path)
-        except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            log.warning("checkpoint %s is damaged (%s): using the one before it", path, str(error).split("\n")[0])
-    return None
+class Damaged(RuntimeError):
+    """A checkpoint that cannot be used; says why, in one line."""
 
 
-def _read_verified(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint and verifies the CRC-32 of every record, which torch.load alone does not."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f"checksum of {damaged}")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that a checkpoint holds, on the CPU, every record verified by its CRC-32 (torch.load alone does not).
+
+    Raises:
+        Damaged: unreadable, truncated, altered, of another version, or more than plain types and tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch stores without compression, so what expands is not a checkpoint.
+            plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            damaged = archive.testzip() if plain else "a compressed record"
+        if damaged:
+            raise Damaged(f"checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a parser of hostile bytes raises is a long list, and none of it is our bug
+        raise Damaged(" ".join(str(error).split())[:120] or type(error).__name__) from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, dict) else None
+        raise Damaged(f"its version is {found}, not {VERSION}")
     return state
+
+
+def restore_newest(folder: Path, restore: Callable[[dict[str, Any]], None]) -> bool:
+    """Hands the newest checkpoint that can be used to `restore`; the others are skipped with a warning.
+
+    Args:
+        folder: of the checkpoints.
+        restore: raises Damaged if it cannot use a state.
+
+    Returns:
+        Whether there was one; False if there is no checkpoint at all.
+
+    Raises:
+        UserError: there are checkpoints, and none can be used.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            restore(read_checkpoint(path))
+        except Damaged as error:
+            log.warning("checkpoint %s is damaged (%s): trying the one before it", path, error)
+        else:
+            return True
+    if found:
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {folder} can be used: trainer.resume=never starts from step 0"
+        )
+    return False
 
 
 def save_model(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -7,8 +7,8 @@ depend on (seed, step) alone. Test images never reach a BatchSource. No normalis
 
 import hashlib
 import json
-import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from modeling.errors import UserError
+from modeling.files import cannot_write
 from modeling.images import to_model
 from modeling.shapes import CLASSES, draw_shapes
+from modeling.signals import poll
 
 Uint8 = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -40,6 +42,7 @@ class LabelledImages(NamedTuple):
         return LabelledImages(self.images[:count], self.labels[:count])
 
 
+MAX_PIXELS = 1 << 24  # of one image, 4096 x 4096: a small file that unpacks to more is taken for an attack
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -76,7 +79,7 @@ def folder(path: Path, test_fraction: float) -> tuple[Split, Split, list[str]]:
     Raises:
         UserError: no images, an unreadable file, mixed sizes, or too few images for both splits.
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"no images in {path}: it must hold files that end in {', '.join(IMAGE_SUFFIXES)}")
     images = [_read_image(file) for file in files]
@@ -98,11 +101,18 @@ def folder(path: Path, test_fraction: float) -> tuple[Split, Split, list[str]]:
 
 
 def _read_image(file: Path) -> Uint8:
+    poll()
     try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read as an image: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about the files
+            with Image.open(file) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"it has {width} x {height} pixels, allowed are {MAX_PIXELS} in all")
+                return np.asarray(image.convert("RGB"))
+    except Exception as error:  # what a decoder of hostile bytes raises is a long list, and none of it is our bug
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read as an image: {reason}") from None
 
 
 def shapes(num_train: int, num_test: int, image_size: int, seed: int) -> tuple[Split, Split, list[str]]:
@@ -115,27 +125,32 @@ def shapes(num_train: int, num_test: int, image_size: int, seed: int) -> tuple[S
 
 
 def write_prepared(target: Path, train: Split, test: Split, classes: Sequence[str]) -> dict[str, Any]:
-    """Writes a prepared folder, whole or not at all, and returns what data.json holds.
+    """Writes a prepared folder, whole or not at all, and returns what data.json holds. One process at a time.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     try:
+        for left in (partial, old):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         meta: dict[str, Any] = {"classes": list(classes), "shape": list(train[0].shape[1:]), "sha256": {}}
         for name, (images, labels) in (("train", train), ("test", test)):
             meta[f"num_{name}"] = len(images)
             for stem, array in ((name, images), (f"{name}_labels", labels)):
+                poll()
                 np.save(partial / f"{stem}.npy", np.ascontiguousarray(array))
                 meta["sha256"][stem] = _sha256(partial / f"{stem}.npy")
         (partial / "data.json").write_text(json.dumps(meta, indent=2) + "\n")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         partial.rename(target)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"the data folder {target} cannot be written: {error}") from None
+        raise cannot_write(target, error) from None
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
     return meta
 
 
@@ -161,11 +176,18 @@ def load_split(source: Path, split: str) -> LabelledImages:
 
     Returns:
         The images are a view of the file's [N, H, W, C].
+
+    Raises:
+        UserError: missing or damaged.
     """
-    # "c" maps copy-on-write: the tensor may be written to, the file never is.
-    array = np.load(source / f"{split}.npy", mmap_mode="c")
-    labels = torch.from_numpy(np.load(source / f"{split}_labels.npy"))
-    return LabelledImages(torch.from_numpy(array).permute(0, 3, 1, 2), labels)
+    path = source / f"{split}.npy"
+    try:
+        # "c" maps copy-on-write: the tensor may be written to, the file never is.
+        images = torch.from_numpy(np.load(path, mmap_mode="c")).permute(0, 3, 1, 2)
+        path = source / f"{split}_labels.npy"
+        return LabelledImages(images, torch.from_numpy(np.load(path)))
+    except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): run stage=prepare again") from None
 
 
 def _sha256(path: Path) -> str:

@@ -17,6 +17,7 @@ from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.held_out import SEED, held_out_losses, model_inputs
 from modeling.sampling import SampleNoise
+from modeling.signals import poll
 
 
 def held_out_report(model: DiffusionModel, data: LabelledImages, batch_size: int, compute: Compute) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def bits_per_dim(
         generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
 
         def term(t: Tensor, x_0: Tensor = x_0, y: Tensor | None = y, noise: SampleNoise = noise) -> Tensor:
+            poll()
             with compute.autocast():
                 return model.bound_term(x_0, t.to(compute.device), noise(), y=y).double().cpu()
 

@@ -12,6 +12,7 @@ from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.images import to_model
 from modeling.sampling import SampleNoise
+from modeling.signals import poll
 
 SEED = 0  # of the fixed noise: not the run's, so that runs of different seeds are compared on the same noise
 
@@ -50,6 +51,7 @@ def held_out_losses(
     t = held_out_timesteps(len(data.images), model.schedule.num_timesteps)
     losses = []
     for start in range(0, len(data.images), batch_size):
+        poll()
         indices = range(start, min(start + batch_size, len(data.images)))
         x_0, y = model_inputs(model, data, indices, compute)
         noise = SampleNoise(SEED, indices, x_0.shape[1:], "cpu")().to(compute.device)

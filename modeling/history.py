@@ -1,10 +1,12 @@
 """The curves of a run: a CSV that is flushed row by row and cut back on a resume, and its picture.
 
-It holds no times of day and no speeds, so an interrupted run writes the very bytes of an uninterrupted one.
+What is published holds no times and no speeds, so an interrupted run publishes the very bytes of an uninterrupted one.
 """
 
 import csv
-from collections.abc import Mapping
+import io
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a screen
 
+from modeling.files import cannot_write, replacing, write_atomic
+
 COLUMNS = ("step", "images", "lr", "loss", "grad_norm", "held_out_loss")
+KEPT = (*COLUMNS, "seconds")  # of training so far
 
 
 class History:
@@ -21,27 +26,49 @@ class History:
     Args:
         path: the CSV.
         step: rows of this step and later are dropped: they will be written again.
+
+    Raises:
+        UserError: it cannot be written.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.rows: list[dict[str, str]] = []
         if path.exists():
-            with path.open(newline="") as file:
+            with path.open(newline="", errors="replace") as file:
                 self.rows = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) < step]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_atomic(path, _text(KEPT, self.rows).encode())
 
-    def add(self, row: Mapping[str, float]) -> None:
-        """Appends a row and flushes it."""
-        self.rows.append({key: "" if key not in row else f"{row[key]:.9g}" for key in COLUMNS})
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+    def add(self, row: Mapping[str, float]) -> dict[str, str]:
+        """Appends a row, with nine digits a value, to the disk and returns it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.rows.append({key: "" if key not in row else f"{row[key]:.9g}" for key in KEPT})
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, KEPT).writerow(self.rows[-1])
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint of a later step must not outlive the row
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        return self.rows[-1]
+
+    def publish(self, path: Path) -> None:
+        """Writes the rows without their times.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        write_atomic(path, _text(COLUMNS, self.rows).encode())
 
     def plot(self, path: Path) -> None:
-        """Draws the training loss and the held-out loss over the steps, as a PNG."""
+        """Draws the training loss and the held-out loss over the steps, as a PNG.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
         for key, label in (("loss", "training loss"), ("held_out_loss", "held-out loss (EMA)")):
             points = [(int(row["step"]), float(row[key])) for row in self.rows if row[key]]
@@ -50,9 +77,18 @@ class History:
         axes.grid(alpha=0.3, which="both")
         axes.legend()
         figure.tight_layout()
-        figure.savefig(path, metadata={"Software": None})
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", metadata={"Software": None})
         plt.close(figure)
 
 
+def _text(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def _whole(row: Mapping[str, str | None]) -> bool:
-    return all(row.get(key) is not None for key in COLUMNS)  # a kill may have cut the last line
+    return all(row.get(key) is not None for key in KEPT) and str(row["step"]).isdigit()  # a kill may cut a line

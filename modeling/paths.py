@@ -34,12 +34,22 @@ def prepared_data(config: Config, data: DataConfig) -> Path:
     return state_root() / "runs" / "data" / f"{data.name}-{digest}"
 
 
-def wandb_id(folder: Path) -> str:
-    """The id of the W&B run that belongs to a run folder, made on first use."""
-    path = folder / "run.json"
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What is noted about a run in its folder's run.json; always its `wandb_id`, made on first use."""
     try:
-        found: str = json.loads(path.read_text())["wandb_id"]
-    except (OSError, ValueError, KeyError):
-        found = uuid.uuid4().hex[:12]
-        write_atomic(path, (json.dumps({"wandb_id": found}) + "\n").encode())
-    return found
+        notes = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        notes = {}
+    if not isinstance(notes, dict) or not isinstance(notes.get("wandb_id"), str):
+        notes = {"wandb_id": uuid.uuid4().hex[:12]}
+        write_notes(folder, notes)
+    return notes
+
+
+def write_notes(folder: Path, notes: dict[str, Any]) -> None:
+    """Replaces the notes of a run.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    write_atomic(folder / "run.json", (json.dumps(notes, indent=2) + "\n").encode())

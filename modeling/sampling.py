@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modeling.diffusion import Prediction
 from modeling.schedule import NoiseSchedule
+from modeling.signals import poll
 
 NoiseFn = Callable[[], Tensor]
 """Draws fresh noise from N(0, I) in the shape of the images, [N, C, H, W]."""
@@ -92,6 +93,7 @@ def ddpm_sample(
     """
     x = x_T
     for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
+        poll()
         x_0, _, fraction = model.predict(x, _full(x, t), clip_denoised)
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
@@ -132,6 +134,7 @@ def ddim_sample(
     """
     x = x_T
     for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
+        poll()
         x_0, eps, _ = model.predict(x, _full(x, t), clip_denoised)
         variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
         x = math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(max(1 - alpha_bar_prev - variance, 0.0)) * eps
@@ -158,6 +161,7 @@ def dpm_solver_sample(model: Denoiser, x_T: Tensor, timesteps: Sequence[int], cl
     x = x_T
     earlier: tuple[Tensor, float] | None = None  # the last predicted x_0, and the log-SNR half-step that led here
     for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
+        poll()
         x_0 = model.predict(x, _full(x, t), clip_denoised).x_0
         if t == timesteps[-1]:
             return x_0

@@ -103,6 +103,7 @@ class TrainerConfig:
     sample_images: int
     sample_steps: int
     checkpoint_every: int
+    resume: str = "auto"
 
 
 @dataclass

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from modeling.signals import poll
+
 Array = npt.NDArray[np.float64]
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -63,6 +65,7 @@ def draw_shapes(
     labels = np.arange(count) % len(CLASSES)
     pixels = np.arange(image_size) + 0.5
     for k in range(count):
+        poll()
         rng = np.random.default_rng([seed, split, k])
         radius = image_size * rng.uniform(0.22, 0.36)
         centre_x, centre_y = rng.uniform(radius + 1, image_size - radius - 1, 2)

@@ -6,7 +6,8 @@ logged with an explicit step, so that a resumed run continues its curves.
 
 import logging
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ class Tracker:
         if mode not in MODES:
             raise ConfigError(f"WANDB_MODE={mode}: allowed are {', '.join(MODES)}")
         self.run: Any = None
+        self.folder: Path | None = None  # of this process's files, if they stay here
+        self.offline = False
+        self.first = 0  # the first step that W&B has not
         if mode == "disabled":
             return
         if mode == "online" and not wandb.login(prompt=False, verify=False, timeout=int(settings.timeout)):
@@ -74,33 +78,65 @@ class Tracker:
             log.warning("W&B: no connection (%s): this run is offline", str(error).split("\n")[0])
             wandb.teardown()
             self.run = start("offline")
+        self.offline = bool(self.run.offline)
+        if self.offline:
+            self.folder = Path(self.run.settings.sync_dir)
+        self.first = 0 if self.offline else int(self.run.step)
+
+    def lacks(self, step: int) -> bool:
+        """Whether what belongs to this step is still to be logged: not yet with W&B's server."""
+        return self.run is not None and step >= self.first
+
+    def _guarded(self, what: Callable[[], object]) -> None:
+        """Does something with the run; if that fails, tracking ends and training goes on."""
+        if self.run is None:
+            return
+        try:
+            what()
+        except Exception as error:  # of W&B's process, its network, its files
+            log.warning("W&B failed (%s): no more of this run is tracked there", str(error).split("\n")[0])
+            self.run = None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Logs values under a step."""
-        if self.run is not None:
-            self.run.log(dict(values), step=step)
+        self._guarded(lambda: self.run.log(dict(values), step=step))
 
     def image(self, key: str, image: Tensor, step: int) -> None:
         """Logs uint8 [H, W, C] as a picture."""
-        if self.run is not None:
+
+        def log_image() -> None:
             array = image.numpy()
             self.run.log({key: wandb.Image(array.squeeze(2) if array.shape[2] == 1 else array)}, step=step)
 
+        self._guarded(log_image)
+
+    def picture(self, key: str, path: Path, step: int) -> None:
+        """Logs a picture file."""
+        self._guarded(lambda: self.run.log({key: wandb.Image(str(path))}, step=step))
+
     def artifact(self, name: str, kind: str, path: Path) -> None:
         """Attaches a file to the run."""
-        if self.run is not None:
+
+        def attach() -> None:
             artifact = wandb.Artifact(f"{name}-{self.run.id}", type=kind)
             artifact.add_file(str(path))
             self.run.log_artifact(artifact)
+
+        self._guarded(attach)
+
+    def replaces(self, earlier: Iterable[str]) -> None:
+        """Removes earlier offline folders of this run, which holds all that they hold."""
+        for name in earlier:
+            if self.run is not None and Path(name).name.endswith(f"-{self.run.id}") and Path(name) != self.folder:
+                shutil.rmtree(name, ignore_errors=True)
 
     def finish(self, exit_code: int = 0) -> None:
         """Ends the run, and says how to look at it."""
         if self.run is None:
             return
-        folder, offline = Path(self.run.settings.sync_dir), self.run.offline
-        url = None if offline else self.run.url
-        self.run.finish(exit_code=exit_code)
-        if offline:
-            log.info("W&B (offline): look with `wandb leet %s`, upload with `wandb sync %s`", folder, folder)
+        url = None if self.offline else self.run.url
+        self._guarded(lambda: self.run.finish(exit_code=exit_code))
+        if self.offline:
+            log.info("W&B (offline): look with `wandb leet %s`, upload with `wandb sync %s`", self.folder, self.folder)
         else:
             log.info("W&B: %s", url)

@@ -8,25 +8,30 @@ hears what happens.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from modeling.checkpoint import load_newest, save_checkpoint
+from modeling.checkpoint import Damaged, checkpoints, read_checkpoint, restore_newest, save_checkpoint
 from modeling.data import BatchSource, LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.drawing import draw_samples
 from modeling.ema import EMA
-from modeling.errors import Stopped, UserError
+from modeling.errors import ConfigError, Stopped, UserError
+from modeling.files import replacing
 from modeling.held_out import held_out_losses
 from modeling.settings import DDIMConfig, OptimizerConfig, TrainerConfig
+from modeling.signals import stop_requested
+from modeling.watch import Bad, Watch
 
 EVALUATION_BATCH = 250  # of the held-out loss and
 SAMPLING_BATCH = 64  # of the sample grids: neither changes a result
+LOOK_EVERY = 1000  # steps between looks for what is not finite, if nothing else looks before
 
 
 class Reporter(Protocol):
@@ -81,7 +86,8 @@ class Trainer:
         compute: where, and in which precision.
         folder: of the rolling checkpoints; a checkpoint in it is resumed.
         reporter: hears what happens.
-        should_stop: asked after every step.
+        about: written into every checkpoint beside the state: whose it is.
+        start: a checkpoint to start from if the folder has none.
     """
 
     def __init__(
@@ -96,7 +102,8 @@ class Trainer:
         compute: Compute,
         folder: Path,
         reporter: Reporter,
-        should_stop: Callable[[], bool] = lambda: False,
+        about: Mapping[str, Any] | None = None,
+        start: Path | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -109,13 +116,15 @@ class Trainer:
         self.compute = compute
         self.folder = folder
         self.reporter = reporter
-        self.should_stop = should_stop
+        self.about = dict(about or {})
+        self.start = start
         self.ema = EMA(model, config.ema_decay)
         self.parameters = list(model.parameters())
         self.step = 0
         self.seconds = 0.0
         # Sums of loss and gradient norm since the last log, and their number.
         self.sums = torch.zeros(3, dtype=torch.float64, device=compute.device)
+        self.watch = Watch()
         self.last_row: dict[str, float] = {}
 
     def run(self) -> dict[str, float]:
@@ -123,56 +132,71 @@ class Trainer:
 
         Raises:
             Stopped: asked to; a checkpoint of the last step is saved.
-            UserError: the loss is not finite, or a checkpoint cannot be written.
+            UserError: the loss is not finite, or no checkpoint can be written, or none of those that are there be read.
         """
-        state = load_newest(self.folder)
-        if state is not None:
-            self._restore(state)
+        if not restore_newest(self.folder, self._restore) and self.start is not None:
+            self._start_from(self.start)
         saved = self.step
         self.reporter.started(self.step)
         since = time.perf_counter()
         while True:
             last = self.step == self.config.steps
-            if self.step != saved and (last or self.step % self.config.checkpoint_every == 0):
-                since = self._lap(since)
+            if self.step != saved and (last or stop_requested() or self.step % self.config.checkpoint_every == 0):
+                since = self._lap(since, self.parameters + self.ema.shadow)
                 self._save()
                 saved = self.step
-            if self.should_stop() and not last:
-                self._lap(since)
-                if self.step != saved:
-                    self._save()
-                raise Stopped(f"stopped after step {self.step}, all work is saved: the same command goes on from there")
+            if stop_requested() and not last:
+                raise self._stopped()
             if self.step and self._due():
                 since = self._lap(since)
-                self._report()
+                sums = self.sums.clone()
+                try:
+                    self._report()
+                except Stopped:
+                    if self.step != saved:
+                        self.sums.copy_(sums)  # the report will be made again, from the same sums
+                        self._save()
+                    raise self._stopped() from None
                 since = time.perf_counter()
             if last:
                 return self.last_row
             self._train_step()
             self.step += 1
             self.reporter.stepped(self.step)
+            if len(self.watch) >= LOOK_EVERY:
+                since = self._lap(since)
 
-    def _train_step(self) -> None:
-        step, device = self.step, self.compute.device
-        rate = learning_rate(self.optimizer_config, step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def _stopped(self) -> Stopped:
+        return Stopped(f"stopped after step {self.step}, all work is saved")
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x_0, t, the noise and the labels, if the model wants them, of a step: a function of (seed, step)."""
+        device = self.compute.device
         x_0 = self.batches.batch(step).to(device)
         y = self._labels(step) if self.model.num_classes else None
         generator = self.compute.generator(step_seed(self.seed, "noise", step))
         stratified = self.config.timestep_sampling == "stratified"
         t = draw_timesteps(len(x_0), self.model.schedule.num_timesteps, stratified, generator)
-        noise = torch.randn(x_0.shape, generator=generator, device=device)
+        return x_0, t, torch.randn(x_0.shape, generator=generator, device=device), y
+
+    def _train_step(self) -> None:
+        step = self.step
+        rate = learning_rate(self.optimizer_config, step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self._batch(step)
         torch.manual_seed(step_seed(self.seed, "dropout", step))
         self.model.train()
         with self.compute.autocast():
-            loss = self.model(x_0, t, noise, y).mean()
+            loss = self.model(*batch).mean()
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimizer_config.grad_clip or math.inf)
         self.optimizer.step()
         self.ema.update()
-        self.sums += torch.stack([loss.detach(), norm, torch.ones_like(norm)])
+        values = torch.stack([loss.detach(), norm, torch.ones_like(norm)])
+        self.sums += values
+        self.watch.add(values)
 
     def _labels(self, step: int) -> Tensor:
         """int64 [B], on the device; a share of them replaced by "none", for classifier-free guidance."""
@@ -181,18 +205,29 @@ class Trainer:
         dropped = torch.rand(len(labels), generator=generator) < self.config.label_dropout
         return torch.where(dropped, self.model.num_classes, labels).to(self.compute.device)
 
-    def _lap(self, since: float) -> float:
-        self._check_finite()  # reads from the device, so it also waits for it
+    def _lap(self, since: float, weights: Sequence[Tensor] = ()) -> float:
+        """Counts the time of training since `since`; waits for the device and looks for what is not finite."""
+        bad = self.watch.look(self.step, weights)
+        if bad is not None:
+            raise self._diverged(bad)
         now = time.perf_counter()
         self.seconds += now - since
         return now
 
-    def _check_finite(self) -> None:
-        if not bool(self.sums.isfinite().all()):
-            raise UserError(
-                f"the loss is not finite at or before step {self.step}: lower optimizer.lr or set optimizer.grad_clip; "
-                f"the last good checkpoint is kept in {self.folder}"
-            )
+    def _diverged(self, bad: Bad) -> UserError:
+        """The error to raise for a bad step; its batch is kept in the folder."""
+        x_0, t, noise, y = self._batch(bad.step - 1)
+        rate = learning_rate(self.optimizer_config, bad.step - 1, self.config.steps)
+        path = self.folder / f"bad-step-{bad.step:09}.pt"
+        batch = {"x_0": x_0.cpu(), "t": t.cpu(), "noise": noise.cpu(), "y": None if y is None else y.cpu()}
+        batch["indices"] = self.batches.indices(bad.step - 1)
+        with suppress(UserError), replacing(path) as partial:  # a full disk must not hide the reason
+            torch.save({"step": bad.step, "lr": rate, "losses": bad.losses, **batch}, partial)
+        good = checkpoints(self.folder)
+        advice = "lower optimizer.lr, raise optimizer.warmup_steps, set optimizer.grad_clip=1.0 or precision=fp32"
+        if good:
+            advice += f", from the last good checkpoint with trainer.resume={good[-1]}"
+        return UserError(f"{bad}, learning rate {rate:.4g}: {advice}; the batch of that step is in {path}")
 
     def _due(self) -> bool:
         c = self.config
@@ -225,6 +260,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
+            "about": self.about,
             "step": self.step,
             "images": self.step * self.config.batch_size,
             "seconds": self.seconds,
@@ -235,9 +271,29 @@ class Trainer:
         }
         save_checkpoint(self.folder, self.step, state)
 
+    def _start_from(self, path: Path) -> None:
+        try:
+            self._restore(read_checkpoint(path))
+        except Damaged as error:
+            raise ConfigError(f"trainer.resume={path}: {error}") from None
+        if self.step > self.config.steps:
+            raise ConfigError(f"trainer.resume={path}: it is of step {self.step}, trainer.steps={self.config.steps}")
+
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sums.copy_(state["sums"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        """Takes over a checkpoint's state; the settings of the optimizer remain those of the configuration."""
+        groups = self.optimizer.param_groups
+        try:
+            if {*state["optimizer"]["param_groups"][0]} != {*groups[0]}:
+                raise ValueError("it is of another optimizer")
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(setting)
+            self.sums.copy_(state["sums"])
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise Damaged(" ".join(str(error).split())[:120]) from None

@@ -15,7 +15,7 @@ from modeling.checkpoint import (
     fingerprint,
     imported_files,
     load_model,
-    load_newest,
+    restore_newest,
     save_checkpoint,
     save_model,
 )
@@ -27,13 +27,19 @@ def state(step):
     return {"step": step, "weights": {"w": torch.full((1000,), float(step))}, "note": "x", "rates": [0.1, 0.2]}
 
 
+def newest(folder):
+    found = []
+    restore_newest(folder, found.append)
+    return found[0] if found else None
+
+
 def test_round_trip_and_rotation(tmp_path):
-    assert load_newest(tmp_path) is None
+    assert newest(tmp_path) is None
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, state(step))
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000000002.pt", "step-000000010.pt"]
     assert len(list(tmp_path.iterdir())) == 2
-    loaded = load_newest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded["step"] == 10 and torch.equal(loaded["weights"]["w"], state(10)["weights"]["w"])
 
 
@@ -64,7 +70,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, damage, caplog):
     save_checkpoint(tmp_path, 1, state(1))
     damage(save_checkpoint(tmp_path, 2, state(2)))
     with caplog.at_level(logging.WARNING):
-        assert load_newest(tmp_path)["step"] == 1
+        assert newest(tmp_path)["step"] == 1
     assert "step-000000002.pt is damaged" in caplog.text
     assert not (tmp_path / "hacked").exists()
 
@@ -101,7 +107,7 @@ def test_fingerprint_is_stable_and_sensitive():
 
 def test_imported_files_follow_the_import_graph():
     names = {p.stem for p in imported_files("sampling")}
-    assert names == {"sampling", "diffusion", "likelihood", "schedule"}
+    assert names == {"sampling", "diffusion", "errors", "likelihood", "schedule", "signals"}
     assert PACKAGE / "shapes.py" in imported_files("data")
     assert code_hash("sampling") != code_hash("diffusion")
 

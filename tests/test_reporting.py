@@ -16,14 +16,14 @@ from modeling.build import build_model
 from modeling.checkpoint import save_model
 from modeling.data import LabelledImages
 from modeling.device import Compute, choose_compute
-from modeling.errors import ConfigError, UserError
+from modeling.errors import ConfigError, Stopped, UserError
 from modeling.evaluation import bits_per_dim, held_out_report, strata
 from modeling.history import History
 from modeling.paths import prepared_data, raw_cifar10, state_root
 from modeling.progress import Progress, duration
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import DiffusionConfig, FolderConfig, ModelConfig, WandbConfig
-from modeling.signals import stop_requests
+from modeling.signals import poll, stop_requested, stop_requests
 from modeling.tracking import Tracker
 from modeling.trained import check_agrees, load_trained, parse_group
 
@@ -69,15 +69,17 @@ def test_history_is_cut_back_and_drawn(tmp_path):
     path = tmp_path / "train.csv"
     history = History(path, 0)
     for step in (1, 2, 3):
-        history.add({"step": step, "images": step, "lr": 0.1, "loss": 1 / step, "grad_norm": 2.0})
+        history.add({"step": step, "images": step, "lr": 0.1, "loss": 1 / step, "grad_norm": 2.0, "seconds": step})
     whole = path.read_text()
     with path.open("a") as file:
         file.write("4,4,0.")
     again = History(path, 3)
     assert [row["step"] for row in again.rows] == ["1", "2"]
-    again.add({"step": 3, "images": 3, "lr": 0.1, "loss": 1 / 3, "grad_norm": 2.0})
+    again.add({"step": 3, "images": 3, "lr": 0.1, "loss": 1 / 3, "grad_norm": 2.0, "seconds": 3})
     assert path.read_text() == whole
     again.add({"step": 4, "images": 4, "lr": 0.1, "held_out_loss": 0.5})
+    again.publish(tmp_path / "published.csv")
+    assert (tmp_path / "published.csv").read_text().startswith("step,images,lr,loss,grad_norm,held_out_loss\n1,")
     again.plot(tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size == (840, 480)
 
@@ -115,15 +117,15 @@ def test_terminal_gets_one_live_bar(monkeypatch, capsys):
     assert "20/50000" in shown and "loss 0.5000" in shown and "images/s: " in shown
 
 
-def test_first_signal_asks_and_second_ends():
-    with stop_requests() as asked:
-        assert not asked()
+def test_first_signal_asks_and_the_second_would_end():
+    with stop_requests():
+        assert not stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked()
-        with pytest.raises(SystemExit) as ended:
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.pause()
-    assert ended.value.code == 128 + signal.SIGINT
+        assert stop_requested()
+        with pytest.raises(Stopped):
+            poll()
+        assert {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
+    assert not stop_requested()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import os
+import signal
 
 import pytest
 import torch
 from torch import nn
 
 from modeling.build import build_model, build_optimizer
-from modeling.checkpoint import checkpoints, load_newest
+from modeling.checkpoint import checkpoints, read_checkpoint
 from modeling.data import LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
@@ -25,6 +27,7 @@ from modeling.settings import (
     SigmoidConfig,
     TrainerConfig,
 )
+from modeling.signals import stop_requests
 from modeling.training import Trainer, draw_timesteps, learning_rate
 
 CPU = Compute(torch.device("cpu"), bf16=False)
@@ -56,7 +59,9 @@ def trainer_config(**changes):
 
 
 class Recorder:
-    """A Reporter that keeps what it hears, rows cut back on a resume as History does."""
+    """A Reporter that keeps what it hears, rows cut back on a resume as History does; a signal comes at `stop_at`."""
+
+    stop_at = None
 
     def __init__(self):
         self.rows, self.grids, self.steps, self.starts = {}, {}, [], []
@@ -68,6 +73,8 @@ class Recorder:
 
     def stepped(self, step):
         self.steps.append(step)
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def logged(self, step, row, seconds):
         self.rows[step] = row
@@ -76,7 +83,7 @@ class Recorder:
         self.grids[step] = images
 
 
-def make(folder, recorder, stop_at=None, optimizer=None, model=None, diffusion=None, plain=False, **changes):
+def make(folder, recorder, optimizer=None, model=None, diffusion=None, plain=False, start=None, **changes):
     optimizer = optimizer or adam(betas=[0.9, 0.99])
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (10, 3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -95,7 +102,7 @@ def make(folder, recorder, stop_at=None, optimizer=None, model=None, diffusion=N
         CPU,
         folder,
         recorder,
-        lambda: stop_at is not None and len(recorder.steps) > 0 and recorder.steps[-1] == stop_at,
+        start=start,
     )
 
 
@@ -123,9 +130,11 @@ def test_events_happen_when_they_are_due(whole):
 @pytest.mark.parametrize("stop_at", [1, 3, 5, 6, 8])
 def test_stopped_run_goes_on_bit_for_bit(tmp_path, whole, stop_at):
     recorder = Recorder()
-    with pytest.raises(Stopped, match=f"after step {stop_at}"):
-        make(tmp_path, recorder, stop_at).run()
-    assert load_newest(tmp_path)["step"] == stop_at
+    recorder.stop_at = stop_at
+    with stop_requests(), pytest.raises(Stopped, match=f"after step {stop_at}"):
+        make(tmp_path, recorder).run()
+    recorder.stop_at = None
+    assert read_checkpoint(checkpoints(tmp_path)[-1])["step"] == stop_at
     trainer = make(tmp_path, recorder)
     trainer.run()
     assert recorder.starts == [0, stop_at]

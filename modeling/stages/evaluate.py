@@ -12,7 +12,7 @@ from modeling.errors import ConfigError
 from modeling.evaluation import bits_per_dim, held_out_report
 from modeling.files import make_writable, write_atomic
 from modeling.images import save_png
-from modeling.paths import state_root, wandb_id
+from modeling.paths import read_notes, state_root
 from modeling.settings import Config
 from modeling.stages.prepare import ensure_prepared
 from modeling.stages.sample import grid_samples, trained_model
@@ -47,7 +47,7 @@ def run(config: Config, out: Path) -> None:
     save_png(target / "samples.png", grid)
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
     folder = state_root() / "runs" / meta["run"]
-    tracker = Tracker(config.wandb, meta["config"], wandb_id(folder), None, state_root())
+    tracker = Tracker(config.wandb, meta["config"], read_notes(folder)["wandb_id"], None, state_root())
     flat = {k: v for k, v in report.items() if not isinstance(v, dict)}
     for key in ("loss_by_t", "bits_per_dim_parts"):
         flat |= {f"{key}/{part}": value for part, value in report[key].items()}

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from modeling.data import cifar10, folder, read_prepared, shapes, write_prepared
+from modeling.files import locked
 from modeling.paths import prepared_data, raw_cifar10
 from modeling.settings import Config, DataConfig, FolderConfig, ShapesConfig
 
@@ -16,12 +17,19 @@ def run(config: Config, out: Path) -> None:
     Raises:
         UserError: the source is missing or bad, or the target cannot be written.
     """
-    prepare(config, config.data)
+    _prepare(config, config.data, again=True)
 
 
-def prepare(config: Config, data: DataConfig) -> Path:
-    """Writes the prepared folder of `data` and returns it."""
+def _prepare(config: Config, data: DataConfig, again: bool) -> Path:
+    """Writes the prepared folder of `data` and returns it; a second process waits for the first."""
     target = prepared_data(config, data)
+    with locked(target.with_name(f".{target.name}.lock"), wait=True):
+        if again or not (target / "data.json").exists():
+            _write(data, target)
+    return target
+
+
+def _write(data: DataConfig, target: Path) -> None:
     if isinstance(data, ShapesConfig):
         splits = shapes(data.num_train, data.num_test, data.image_size, data.seed)
     elif isinstance(data, FolderConfig):
@@ -31,13 +39,12 @@ def prepare(config: Config, data: DataConfig) -> Path:
     meta = write_prepared(target, *splits)
     size = " x ".join(str(n) for n in meta["shape"])
     log.info("data: %s, %d + %d images of %s, in %s", data.name, meta["num_train"], meta["num_test"], size, target)
-    return target
 
 
 def ensure_prepared(config: Config, data: DataConfig) -> Path:
     """The prepared folder of `data`; a plain run makes it if it is not there, a run with an `out_dir` must have it."""
     target = prepared_data(config, data)
     if config.out_dir is None and not (target / "data.json").exists():
-        return prepare(config, data)
+        return _prepare(config, data, again=False)
     read_prepared(target)
     return target

@@ -1,0 +1,137 @@
+"""The folder of a training run, runs/<fingerprint>/ at the repository's root: whose it is, and what it goes on from.
+
+It holds the rolling checkpoints, train.csv, samples/, config.yaml and run.json, and survives whatever DVC does to its
+outputs. A lock in it keeps two processes from the same run.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modeling.checkpoint import checkpoints, code_hash, fingerprint
+from modeling.errors import ConfigError
+from modeling.files import cannot_write, drop_partial, locked, make_writable
+from modeling.paths import read_notes, state_root, write_notes
+from modeling.settings import Config
+
+log = logging.getLogger(__name__)
+TRAINS = ("batch_size", "ema_decay", "random_flip", "timestep_sampling", "label_dropout")  # of the trainer group
+
+
+def recipe_parts(config: Config, data_sha256: dict[str, str], start: Path | None) -> dict[str, Any]:
+    """All of the input that determines a run's weights: not its duration, its logging or its device."""
+    model, diffusion = dataclasses.asdict(config.model), dataclasses.asdict(config.diffusion)
+    del model["name"], model["weights"]
+    if diffusion["variance"] != "learned":  # the fixed ones matter to sampling only
+        del diffusion["variance"]
+    trainer = {key: getattr(config.trainer, key) for key in TRAINS}
+    return {
+        "seed": config.seed,
+        "precision": config.precision,
+        "data": data_sha256,
+        "model": model,
+        "diffusion": diffusion,
+        "optimizer": dataclasses.asdict(config.optimizer),
+        "trainer": trainer,
+        "steps": config.trainer.steps if config.optimizer.lr_decay != "none" else None,
+        "start": hashlib.sha256(start.read_bytes()).hexdigest() if start else None,
+    }
+
+
+def start_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that trainer.resume names, or None if it is `auto` or `never`.
+
+    Raises:
+        ConfigError: there is no such file, here or under the repository's root.
+    """
+    resume = config.trainer.resume
+    if resume in ("auto", "never"):
+        return None
+    for path in (Path(resume), state_root() / resume):
+        if path.is_file():
+            return path.absolute()
+    raise ConfigError(f"trainer.resume={resume}: no such file; allowed are auto, never, or a checkpoint to start from")
+
+
+class Run:
+    """A training run: its `name` (the fingerprint), its `folder`, and the checkpoint it starts from, if it is told to.
+
+    Args:
+        config: the whole configuration.
+        data_sha256: of the prepared arrays.
+
+    Raises:
+        ConfigError: trainer.resume names a file that is not there.
+    """
+
+    def __init__(self, config: Config, data_sha256: dict[str, str]) -> None:
+        self.config = config
+        self.start = start_checkpoint(config)
+        parts = recipe_parts(config, data_sha256, self.start)
+        self.recipe = fingerprint(parts)
+        self.name = fingerprint(parts | {"code": [code_hash("training"), code_hash("build")]})
+        self.folder = state_root() / "runs" / self.name
+        steps = config.trainer.steps
+        if config.trainer.resume != "never" and any(step_of(path) > steps for path in checkpoints(self.folder)):
+            self.folder = self.folder.with_name(f"{self.name}-upto-{steps}")  # ends before the state's step
+
+    @contextmanager
+    def claimed(self) -> Iterator[dict[str, Any]]:
+        """Holds the folder for this process alone and gives its notes (see paths.read_notes).
+
+        Raises:
+            UserError: another process holds it, or it cannot be written.
+        """
+        make_writable(self.folder / "samples")
+        with locked(self.folder / "lock", wait=False):
+            drop_partial(self.folder, ".*.*")
+            drop_partial(self.folder / "samples", ".*.*")
+            if self.config.trainer.resume == "never":
+                self._set_aside()
+            elif not checkpoints(self.folder):
+                self._tell_of_other_code()
+            notes = read_notes(self.folder) | {"recipe": self.recipe}
+            write_notes(self.folder, notes)
+            yield notes
+
+    def _set_aside(self) -> None:
+        """Moves what is there to replaced/, the only place for it: what was there before is deleted."""
+        found = [*checkpoints(self.folder), *self.folder.glob("train.csv"), *self.folder.glob("run.json")]
+        if not found:
+            return
+        replaced = self.folder / "replaced"
+        try:
+            shutil.rmtree(replaced, ignore_errors=True)
+            replaced.mkdir()
+            for path in found:
+                path.rename(replaced / path.name)
+        except OSError as error:
+            raise cannot_write(replaced, error) from None
+        log.info("trainer.resume=never: the earlier state is in %s until the next time", replaced)
+
+    def _tell_of_other_code(self) -> None:
+        """Says so if the same configuration was trained with other code."""
+        found: list[Path] = []
+        for path in self.folder.parent.glob("*/run.json"):
+            other = path.parent
+            if other.name.split("-")[0] != self.name and read_notes(other).get("recipe") == self.recipe:
+                found += checkpoints(other)
+        if found:
+            newest = max(found, key=lambda path: path.stat().st_mtime)
+            log.info(
+                "the code that training imports has changed since step %d of %s: starting fresh; "
+                "trainer.resume=%s goes on from there",
+                step_of(newest),
+                newest.parent,
+                newest,
+            )
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or a sample grid."""
+    return int(path.stem.split("-")[1])
