@@ -114,7 +114,7 @@ def run(config: Config, out: Path) -> None:
     compute = choose_compute(config.device, config.precision)
     source = ensure_prepared(config, config.data)
     meta = read_prepared(source)
-    model = build_model(config.model, config.diffusion, meta["shape"], config.seed).to(compute.device)
+    model = compute.place_model(build_model(config.model, config.diffusion, meta["shape"], config.seed))
     name = run_fingerprint(config, meta["sha256"])
     folder = run_folder(config, name)
     for needed in (folder / "samples", out / "models", out / "reports"):
