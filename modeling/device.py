@@ -1,12 +1,14 @@
 """Where to compute and in which precision: one choice, made once, for training, sampling and evaluation."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling.errors import ConfigError
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,16 @@ class Compute:
         if self.device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2:
             return images.to(self.device)
         return images
+
+    def place_model(self, model: Module) -> Module:
+        """The model on the device, in the memory layout in which its convolutions are fastest.
+
+        Channels-last for tensor cores, and for bf16 on a CPU: a step of the paper's UNet takes 0.87 of the time. In
+        float32 a CPU is faster without.
+        """
+        layout = torch.channels_last if self.bf16 or self.device.type == "cuda" else torch.contiguous_format
+        # Conversions of one tensor each: Module.to(memory_format=...) converts its 4-dimensional tensors alone.
+        return model.to(self.device).to(memory_format=layout)
 
     def describe(self) -> str:
         """For people: the device and the precision."""

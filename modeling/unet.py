@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.layers import Dropout, GroupNorm, attention
+
 NORM_EPS = 1e-6  # of the original implementation; PyTorch's default is 1e-5
 
 
@@ -45,11 +47,11 @@ class ResBlock(nn.Module):
         attention_heads: int = 0,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.norm1 = GroupNorm(groups, in_channels, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_proj = nn.Linear(emb_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut: nn.Module = (
             nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -73,7 +75,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, num_heads: int, groups: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.norm = GroupNorm(groups, channels, eps=NORM_EPS)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
@@ -82,7 +84,7 @@ class AttentionBlock(nn.Module):
         n, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
         q, k, v = self.qkv(tokens).view(n, height * width, 3, self.num_heads, c // self.num_heads).unbind(2)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out = self.proj(out.transpose(1, 2).reshape(n, height * width, c))
         residual: Tensor = out.transpose(1, 2).reshape(n, c, height, width)
         return x + residual
@@ -185,7 +187,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(channels))
                 size *= 2
 
-        self.norm_out = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.norm_out = GroupNorm(norm_groups, channels, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels, out_channels or in_channels, 3, padding=1)
         self._initialise()
 

@@ -35,7 +35,7 @@ def run(config: Config, out: Path) -> None:
         raise ConfigError(f"data={data.name}: its images are {shape}, those of the model {meta['image_shape']}")
     target = out / "reports"
     make_writable(target)
-    model = model.to(compute.device)
+    model = compute.place_model(model)
     test = load_split(source, "test")
     e = config.evaluation
     report: dict[str, Any] = held_out_report(model, test, e.batch_size, compute)

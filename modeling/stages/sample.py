@@ -78,7 +78,7 @@ def run(config: Config, out: Path) -> None:
     model, meta, _ = trained_model(config, out)
     folder = out / "samples"
     make_writable(folder)
-    images = grid_samples(model.to(compute.device), meta, config, compute)
+    images = grid_samples(compute.place_model(model), meta, config, compute)
     for k, image in enumerate(images):
         save_png(folder / f"{k:05}.png", image.permute(1, 2, 0))
     save_png(out / "samples.png", sample_grid(images, model.num_classes if config.sampler.label is None else 0))

@@ -48,7 +48,7 @@ def run(config: Config, out: Path) -> None:
     source = ensure_prepared(config, config.data)
     meta = read_prepared(source)
     model = build_model(config.model, config.diffusion, meta["shape"], len(meta["classes"]), config.seed)
-    model = model.to(compute.device)
+    model = compute.place_model(model)
     training_run = Run(config, meta["sha256"])
     for needed in (out / "models", out / "reports"):
         make_writable(needed)

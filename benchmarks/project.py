@@ -1,0 +1,124 @@
+"""This project as a contestant: built by its own code, from its own configuration, doing all that a step does."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Contestant
+from modeling.build import build_model, build_optimizer
+from modeling.config import load_config
+from modeling.data import shapes
+from modeling.device import Compute, choose_compute
+from modeling.diffusion import DiffusionModel
+from modeling.settings import Config
+from modeling.training import Trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+def configure(*overrides: str) -> Config:
+    """The shipped configuration with overrides, checked."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return load_config(compose("config", list(overrides)), overrides)
+
+
+@dataclass
+class Task:
+    """What all contestants train on: a configuration, and images uint8 [N, H, W, C]."""
+
+    config: Config
+    images: Any
+    compute: Compute
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        height, width, channels = self.images.shape[1:]
+        return channels, height, width
+
+    def model(self) -> DiffusionModel:
+        """Fresh, on the device, in the memory layout that training uses."""
+        c = self.config
+        return self.compute.place_model(build_model(c.model, c.diffusion, self.images.shape[1:], c.seed))
+
+
+def make_task(overrides: Sequence[str], image_size: int = 32, num_images: int = 2000, precision: str = "auto") -> Task:
+    """The embedded shapes under a configuration: no download, and the pixels do not matter to speed."""
+    config = configure("data=shapes", f"precision={precision}", *overrides)
+    (images, _), _, _ = shapes(num_images, 1, image_size, 0)
+    return Task(config, images, choose_compute(config.device, config.precision))
+
+
+class Silent:
+    """A Reporter that keeps nothing."""
+
+    def started(self, step: int) -> None: ...
+    def stepped(self, step: int) -> None: ...
+    def logged(self, step: int, row: dict[str, float], seconds: float) -> None: ...
+    def sampled(self, step: int, images: Tensor) -> None: ...
+
+
+def make_trainer(task: Task, folder: Path | None = None) -> Trainer:
+    """The Trainer of a task; it saves nothing unless it is run."""
+    c, model = task.config, task.model()
+    images = torch.from_numpy(task.images).permute(0, 3, 1, 2)
+    return Trainer(
+        model,
+        build_optimizer(c.optimizer, model.parameters()),
+        c.optimizer,
+        c.trainer,
+        c.seed,
+        images,
+        images[:1],
+        task.compute,
+        folder or Path(tempfile.gettempdir()) / "no-checkpoints",
+        Silent(),
+    )
+
+
+def training(task: Task) -> Contestant:
+    """One whole step: batch, noise, loss, gradients, clipping, optimizer, EMA; the loss read when it is logged."""
+    trainer = make_trainer(task)
+
+    def work() -> float:
+        trainer._train_step()
+        trainer.step += 1
+        if trainer.step % task.config.trainer.log_every == 0:
+            trainer.sums.tolist()
+        return task.config.trainer.batch_size
+
+    return work
+
+
+def network_only(task: Task) -> Contestant:
+    """Forward and backward of the network alone, on a batch that is always the same."""
+    n = task.config.trainer.batch_size
+    device = task.compute.device
+    network = task.model().network.train()
+    x, noise = torch.randn(2, n, *task.shape, device=device).unbind()
+    t = torch.randint(task.config.diffusion.num_timesteps, (n,), device=device)
+
+    def work() -> float:
+        network.zero_grad()
+        with task.compute.autocast():
+            loss = (network(x, t).float() - noise).square().mean()
+        loss.backward()
+        return n
+
+    return work
+
+
+def training_flops(task: Task) -> float:
+    """Floating-point operations of an image in training: three times those of the network's forward pass."""
+    network = task.model().network.eval()
+    x = torch.zeros(1, *task.shape, device=task.compute.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x, torch.zeros(1, device=x.device))
+    return 3.0 * counter.get_total_flops()
