@@ -63,7 +63,7 @@ class Launched:
         self.stacks.unlink(missing_ok=True)
         settings = {"DVC_ROOT": str(folder / "root"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | environment
         arguments = (list(arguments), str(cwd), settings, str(self.log), str(self.stacks), limits or {})
-        self.process = CONTEXT.Process(target=_child, args=arguments)
+        self.process = CONTEXT.Process(target=_child, args=arguments, daemon=True)  # ends with the tests
         self.process.start()
         self.wait_for(lambda: self.stacks.exists() and self.stacks.stat().st_size)
 
