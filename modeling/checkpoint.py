@@ -66,7 +66,10 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
             torch.save({"version": VERSION, **state}, file)
         read_checkpoint(partial)
     for old in checkpoints(folder)[:-KEEP]:
-        old.unlink()
+        try:
+            old.unlink()
+        except OSError as error:
+            log.warning("the old checkpoint %s cannot be removed: %s", old, error)
     return path
 
 

@@ -1,5 +1,6 @@
 """Closed-form networks, shared by the tests of the mathematics."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -49,6 +50,14 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
         "short": linear_betas(7, 0.05, 0.6),
     }
     return NoiseSchedule(betas[request.param])
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """Ends what a failed test has left running or stopped."""
+    yield
+    if "launch" in sys.modules:
+        sys.modules["launch"].end_all()
 
 
 @pytest.fixture

@@ -45,6 +45,18 @@ def _child(arguments, cwd, environment, log, stacks, limits):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+_started = []
+
+
+def end_all():
+    """Kills every process that still runs."""
+    while _started:
+        process = _started.pop()
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
 class Launched:
     """One process of main.py.
 
@@ -65,6 +77,7 @@ class Launched:
         arguments = (list(arguments), str(cwd), settings, str(self.log), str(self.stacks), limits or {})
         self.process = CONTEXT.Process(target=_child, args=arguments, daemon=True)  # ends with the tests
         self.process.start()
+        _started.append(self.process)
         self.wait_for(lambda: self.stacks.exists() and self.stacks.stat().st_size)
 
     def wait_for(self, condition, seconds=60.0):

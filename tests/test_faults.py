@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 import torch
-from launch import Launched
+from launch import ROOT, Launched
 from test_kill import RECIPE, hashes
 
 from modeling.checkpoint import checkpoints, read_checkpoint
@@ -102,14 +103,8 @@ def test_a_signal_stops_the_demo_within_five_seconds_wherever_it_is(demo, place)
     assert run.end() == 75, run.printed()
     assert time.monotonic() - begin < 5
     (last,) = lines(run)
-    assert said in last and f"to go on: python {shutil.os.fspath(main_py())} experiment=demo" in last
+    assert said in last and f"to go on: python {ROOT / 'main.py'} experiment=demo" in last
     assert not list((demo / out).rglob(".*.partial"))
-
-
-def main_py():
-    from launch import ROOT
-
-    return ROOT / "main.py"
 
 
 def test_stopped_while_sampling_or_evaluating_loses_nothing(base, folder):
@@ -127,13 +122,17 @@ def test_the_second_signal_ends_at_once(folder):
     """One step on a hundred thousand images takes long, and the first signal waits for its end."""
     run = launch(folder, "trainer.steps=100", "trainer.batch_size=100000")
     assert run.wait_until_in("_train_step")
-    time.sleep(0.5)
     run.send(signal.SIGTERM)
-    time.sleep(0.2)
-    assert run.process.is_alive()
+    assert run.wait_for(lambda: not caught(run, signal.SIGTERM)), "the request was not heard before the step's end"
     run.send(signal.SIGTERM)
-    begin = time.monotonic()
-    assert run.end() == 75 or time.monotonic() - begin < 1
+    assert run.end(1) == -signal.SIGTERM
+
+
+def caught(run, number):
+    """Whether the process has a handler for a signal."""
+    status = open(f"/proc/{run.process.pid}/status").read()
+    mask = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(mask >> (number - 1) & 1)
 
 
 # Losses that are not finite
@@ -184,7 +183,6 @@ def test_a_full_disk_is_one_line_and_a_rerun_goes_on(base, folder, disk, first):
     (disk / "filler").unlink()
     run = launch(folder, "trainer.steps=40", *often, DVC_ROOT=str(disk))
     assert run.end() == 0 and "going on after step 7" in run.printed()
-    assert hashes(folder / "out")["models/model.safetensors"] != hashes(base / "out").get("no")
     assert weights(folder) == weights(base)
 
 
@@ -249,9 +247,9 @@ def damage(path, how):
         state = read_checkpoint(path)
         state["model"].popitem()
         torch.save(state, path)
-    else:  # not even readable
+    else:  # the system refuses to open it
         path.unlink()
-        path.mkdir()
+        path.symlink_to(path.name)
 
 
 DAMAGES = ["truncated", "flipped", "empty", "of another version", "of another network", "unreadable"]
@@ -319,20 +317,14 @@ def test_another_configuration_never_takes_up_a_checkpoint_and_other_code_says_s
         run = launch(folder, "trainer.steps=7", change)
         assert run.end() == 0 and "going on" not in run.printed() and "has changed" not in run.printed()
     # A copy of the repository with one other line of code.
-    from launch import ROOT
-
     copy = folder / "copy"
-    for name in ("modeling", "conf", "main.py"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name) if copy.exists() else (
-            copy.mkdir(),
-            shutil.copytree(ROOT / name, copy / name),
-        )
+    for name in ("modeling", "conf"):
+        shutil.copytree(ROOT / name, copy / name)
+    shutil.copy(ROOT / "main.py", copy)
     with (copy / "modeling/ema.py").open("a") as file:
         file.write("\n# a change\n")
     command = [*RECIPE, "stage=train", "trainer.steps=7", f"out_dir={folder / 'out'}"]
     environment = os.environ | {"DVC_ROOT": str(folder / "root"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    import sys
-
     done = subprocess.run(
         [sys.executable, str(copy / "main.py"), *command], env=environment, capture_output=True, text=True, cwd=folder
     )
@@ -348,7 +340,7 @@ def test_the_second_of_two_equal_runs_refuses(base, folder):
     second = launch(folder, "trainer.steps=40")
     assert second.end() == 1
     (last,) = lines(second)
-    assert f"process {first.process.pid} on" in last and "is at work in" in last
+    assert f"process {first.process.pid} on" in last and "is working in" in last
     first.send(signal.SIGCONT)
     assert first.end() == 0 and hashes(folder / "out") == hashes(base / "out")
 
@@ -367,8 +359,8 @@ def test_two_runs_that_prepare_the_same_data_take_turns(tmp_path):
 
 
 def test_no_memory_is_one_line_that_says_what_to_lower(folder):
-    limit = {"RLIMIT_AS": 12 << 30}
-    big = ["trainer.steps=40", "trainer.batch_size=1000000", "model.model_channels=256"]
+    limit = {"RLIMIT_AS": 8 << 30}
+    big = ["trainer.steps=40", "trainer.batch_size=100000", "model.model_channels=128"]
     run = launch(folder, *big, limits=limit)
     assert run.end() == 1, run.printed()
     (last,) = lines(run)
