@@ -114,6 +114,11 @@ def _check(c: Config) -> None:
     _require(n is None or n > 1, "evaluation.bpd_images", n, "must be at least 2, or null for all")
     n = c.evaluation.bpd_timesteps
     _require(n is None or n > 0, "evaluation.bpd_timesteps", n, "must be at least 1, or null for all")
+    n = c.evaluation.fid_samples
+    _require(n is None or n > 1, "evaluation.fid_samples", n, "must be at least 2, or null to leave FID out")
+    digest = c.evaluation.inception_sha256
+    good = re.fullmatch("[0-9a-f]{8,64}", digest) is not None
+    _require(good, "evaluation.inception_sha256", digest, "must be 8 to 64 hexadecimal digits")
     _one_of("wandb.mode", c.wandb.mode, "online", "offline", "disabled")
     _positive("wandb", c.wandb, "timeout")
 

@@ -128,6 +128,9 @@ class EvaluationConfig:
     batch_size: int
     bpd_images: int | None
     bpd_timesteps: int | None
+    fid_samples: int | None
+    inception_weights: str | None
+    inception_sha256: str
 
 
 @dataclass

@@ -4,6 +4,7 @@ A published model carries its whole configuration, so that `load_trained` needs 
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
         UserError: missing, damaged, or the weights are not those of the architecture that the file names.
     """
     tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
+    weights = b"".join(name.encode() + tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
+    meta["sha256"] = hashlib.sha256(weights).hexdigest()  # of the weights, whatever file they came in
     try:
         model = parse_group("model", meta["config"]["model"])
         diffusion = parse_group("diffusion", meta["config"]["diffusion"])

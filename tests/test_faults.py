@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -85,7 +86,7 @@ STOPS = {
     "held_out_losses": ("train", "after step"),
     "bits_per_dim": ("evaluate", "stopped"),
     "held_out_report": ("evaluate", "stopped"),
-    "grid_samples": ("evaluate", "stopped"),
+    "asked_samples": ("evaluate", "stopped"),
     "draw_shapes": ("prepare", "stopped"),
 }
 
@@ -130,7 +131,7 @@ def test_the_second_signal_ends_at_once(folder):
 
 def caught(run, number):
     """Whether the process has a handler for a signal."""
-    status = open(f"/proc/{run.process.pid}/status").read()
+    status = Path(f"/proc/{run.process.pid}/status").read_text()
     mask = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
     return bool(mask >> (number - 1) & 1)
 

@@ -40,6 +40,7 @@ SMALL = [
     "sampler.num_samples=4",
     "evaluation.bpd_images=4",
     "evaluation.bpd_timesteps=3",
+    "evaluation.fid_samples=null",
 ]
 
 
@@ -82,6 +83,7 @@ def test_all_stages_leave_their_products(trained):
         "reports/curves.png",
         "reports/samples/step-000000004.png",
         "reports/samples.png",
+        "reports/nearest.png",
         "reports/evaluate.json",
     }
     assert expected <= found
@@ -109,7 +111,15 @@ def test_wandb_holds_the_run_and_never_the_code(trained, state):
             history |= json.loads(line).get("history", {}).get("item", {})
         assert not list(folder.rglob("*.patch")) and not list(folder.rglob("*.py"))
     wanted = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images", "images_per_second", "held_out_loss")}
-    wanted |= {"inputs", "train/samples", "evaluate/loss", "evaluate/bits_per_dim", "evaluate/samples"}
+    wanted |= {
+        "inputs",
+        "train/samples",
+        "evaluate/loss",
+        "evaluate/bits_per_dim",
+        "evaluate/bits_per_dim_parts/prior",
+        "evaluate/samples",
+        "evaluate/nearest",
+    }
     missing = [key for key in wanted if not any(found == key or found.startswith(f"{key}.") for found in history)]
     assert not missing, sorted(history)
     assert "num_timesteps" in config and "artifact" in config
@@ -138,7 +148,7 @@ def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path
     many = main(state, tmp_path, "stage=sample", f"model.weights={weights}", "sampler.steps=21")
     assert many.returncode == 2 and many.stderr == "error: sampler.steps=21: the model has 20 time steps\n"
     shutil.copytree(weights.parent, state / "models")  # where a run under DVC leaves it
-    arguments = ["stage=evaluate", "sampler.steps=2", "evaluation.bpd_images=2"]
+    arguments = ["stage=evaluate", "sampler.steps=2", "evaluation.bpd_images=2", "evaluation.fid_samples=null"]
     evaluate = main(state, tmp_path, *arguments, WANDB_MODE="disabled")
     assert evaluate.returncode == 0, evaluate.stderr
     assert list(tmp_path.glob("outputs/*/*/reports/evaluate.json")) and list((state / "runs/data").glob("shapes-*"))
@@ -161,7 +171,8 @@ def test_models_go_to_diffusers_and_back(trained, state, tmp_path):
             ours = np.asarray(Image.open(tmp_path / f"samples/{k:05}.png"))
             assert np.abs(ours - 255 * image).max() <= 1.01  # one level of rounding
     foreign = [f"model.weights={tmp_path / 'diffusers'}", "data=shapes", "data.image_size=8", "data.num_test=16"]
-    small = ["sampler.steps=2", "evaluation.bpd_images=2", "evaluation.bpd_timesteps=2", "precision=fp32"]
+    few = ["bpd_images=2", "bpd_timesteps=2", "fid_samples=null"]
+    small = ["sampler.steps=2", *(f"evaluation.{each}" for each in few), "precision=fp32"]
     evaluate = main(state, tmp_path, "stage=evaluate", *foreign, "data.num_train=64", *small, WANDB_MODE="disabled")
     assert evaluate.returncode == 0, evaluate.stderr
 

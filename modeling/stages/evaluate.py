@@ -1,28 +1,36 @@
 """Stage `evaluate`: the metrics and the sample grid of a trained model, into reports/ and into its own W&B run."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from modeling.data import load_split, read_prepared
-from modeling.device import choose_compute
+from torch import Tensor
+
+from modeling.data import LabelledImages, load_split, read_prepared
+from modeling.device import Compute, choose_compute
+from modeling.diffusion import DiffusionModel
 from modeling.drawing import sample_grid
 from modeling.errors import ConfigError
 from modeling.evaluation import bits_per_dim, held_out_report
 from modeling.files import make_writable, write_atomic
 from modeling.images import save_png
+from modeling.nearest import nearest_images, panel
 from modeling.paths import read_notes, state_root
+from modeling.quality import Inception, Unavailable, kept_samples, quality_metrics, reference_features
 from modeling.settings import Config
 from modeling.stages.prepare import ensure_prepared
-from modeling.stages.sample import grid_samples, trained_model
+from modeling.stages.sample import asked_samples, trained_model
 from modeling.tracking import Tracker
 
 log = logging.getLogger(__name__)
+CPU_BPD = (1000, 20)  # test images and time steps of bits/dim on a CPU, if the configuration leaves it open
+NEAREST = (10, 7)  # samples in the panel, and neighbours of each
 
 
 def run(config: Config, out: Path) -> None:
-    """Writes reports/evaluate.json and reports/samples.png under `out`.
+    """Writes reports/evaluate.json, reports/samples.png and reports/nearest.png under `out`.
 
     Raises:
         UserError: bad model file, data that does not fit it, or an output that cannot be written.
@@ -30,28 +38,110 @@ def run(config: Config, out: Path) -> None:
     compute = choose_compute(config.device, config.precision)
     model, meta, data = trained_model(config, out)
     source = ensure_prepared(config, data)
-    shape = read_prepared(source)["shape"]
-    if shape != meta["image_shape"]:
-        raise ConfigError(f"data={data.name}: its images are {shape}, those of the model {meta['image_shape']}")
+    prepared = read_prepared(source)
+    if prepared["shape"] != meta["image_shape"]:
+        raise ConfigError(
+            f"data={data.name}: its images are {prepared['shape']}, those of the model {meta['image_shape']}"
+        )
     target = out / "reports"
     make_writable(target)
     model = compute.place_model(model)
-    test = load_split(source, "test")
-    e = config.evaluation
-    report: dict[str, Any] = held_out_report(model, test, e.batch_size, compute)
-    log.info("held-out loss %.5f over %d images", report["loss"], report["loss_images"])
-    report |= bits_per_dim(model, test.first(e.bpd_images), e.batch_size, e.bpd_timesteps, compute)
-    log.info("%.3f +- %.3f bits/dim", report["bits_per_dim"], report["bits_per_dim_stderr"])
-    images = grid_samples(model, meta, config, compute)
+    train, test = load_split(source, "train"), load_split(source, "test")
+    report = _likelihood(config, model, test, compute)
+    images = asked_samples(model, meta, config, range(config.sampler.num_samples), compute)
     grid = sample_grid(images, model.num_classes)
     save_png(target / "samples.png", grid)
+    near, nearest = _nearest(images, train, test, meta)
+    save_png(target / "nearest.png", nearest)
+    report |= near
+    report["quality"] = _quality(config, model, meta, prepared, train.images, compute)
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
     folder = state_root() / "runs" / meta["run"]
     tracker = Tracker(config.wandb, meta["config"], read_notes(folder)["wandb_id"], None, state_root())
-    flat = {k: v for k, v in report.items() if not isinstance(v, dict)}
-    for key in ("loss_by_t", "bits_per_dim_parts"):
-        flat |= {f"{key}/{part}": value for part, value in report[key].items()}
-    tracker.log({f"evaluate/{key}": value for key, value in flat.items()}, meta["steps"] + 1)
+    tracker.log(dict(_numbers("evaluate", report)), meta["steps"] + 1)
     tracker.image("evaluate/samples", grid, meta["steps"] + 1)
+    tracker.image("evaluate/nearest", nearest, meta["steps"] + 1)
     tracker.finish()
     log.info("metrics and samples: %s", target)
+
+
+def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, compute: Compute) -> dict[str, Any]:
+    e = config.evaluation
+    report = held_out_report(model, test, e.batch_size, compute)
+    log.info("held-out loss %.5f over %d images", report["loss"], report["loss_images"])
+    images, timesteps = (None, None) if compute.device.type == "cuda" else CPU_BPD
+    images, timesteps = e.bpd_images or images, e.bpd_timesteps or timesteps
+    report |= bits_per_dim(model, test.first(images), e.batch_size, timesteps, compute)
+    log.info("%.3f +- %.3f bits/dim", report["bits_per_dim"], report["bits_per_dim_stderr"])
+    return report
+
+
+def _nearest(
+    images: Tensor, train: LabelledImages, test: LabelledImages, meta: dict[str, Any]
+) -> tuple[dict[str, float], Tensor]:
+    """How near samples are to training images, beside how near as many test images are; and the panel."""
+    count, k = NEAREST
+    mirror = bool(meta["config"].get("trainer", {}).get("random_flip", False))
+    k = min(k, len(train.images))
+    found = nearest_images(images, train.images, k, mirror)
+    held_out = nearest_images(test.images[: len(images)], train.images, 1, mirror)
+    distances = {
+        "nearest_rms": found.rms[:, 0].mean().item(),
+        "nearest_rms_of_test_images": held_out.rms[:, 0].mean().item(),
+    }
+    return distances, panel(images[:count], found.first(count))
+
+
+def _quality(
+    config: Config,
+    model: DiffusionModel,
+    meta: dict[str, Any],
+    prepared: dict[str, Any],
+    train: Tensor,
+    compute: Compute,
+) -> dict[str, Any]:
+    """FID and its relatives with the facts that make them comparable, or why they are left out."""
+    e, s = config.evaluation, config.sampler
+    if e.fid_samples is None:
+        return {"left_out": "evaluation.fid_samples=null"}
+    try:
+        weights = None if e.inception_weights is None else Path(e.inception_weights)
+        inception = Inception(weights, e.inception_sha256, compute.device)
+    except Unavailable as reason:
+        log.warning("FID and its relatives are left out: %s", reason)
+        return {"left_out": str(reason)}
+    facts = {
+        "sampler": s.name,
+        "nfe": s.steps,
+        "eta": getattr(s, "eta", None),
+        "guidance_scale": s.guidance_scale,
+        "seed": s.seed,
+        "precision": "bf16" if compute.bf16 else "float32",
+        "weights_sha256": meta["sha256"],
+    }
+    drawn_with = facts | {"clip_denoised": s.clip_denoised, "label": s.label, "variance": model.variance}
+    key = hashlib.sha256(json.dumps(drawn_with, sort_keys=True).encode()).hexdigest()[:16]
+    root = state_root() / "runs"
+    samples = kept_samples(
+        root / meta["run"] / "samples-for-fid" / key,
+        e.fid_samples,
+        e.batch_size,
+        lambda indices: asked_samples(model, meta, config, indices, compute),
+    )
+    pool, logits = inception.features(samples)
+    reference = reference_features(inception, train, prepared["sha256"]["train"], root / "reference", e.batch_size)
+    metrics = quality_metrics(pool, logits, reference)
+    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    made = {"num_samples": e.fid_samples, "reference": f"{prepared['num_train']} training images, not flipped"}
+    return metrics | made | facts | {"inception_sha256": inception.sha256}
+
+
+def _numbers(prefix: str, report: dict[str, Any]) -> list[tuple[str, float]]:
+    """The numbers of a nested report under names like evaluate/quality/fid."""
+    found: list[tuple[str, float]] = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            found += _numbers(f"{prefix}/{key}", value)
+        elif isinstance(value, int | float):
+            found.append((f"{prefix}/{key}", value))
+    return found

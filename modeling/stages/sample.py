@@ -47,8 +47,10 @@ def trained_model(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, 
     return model, meta, data
 
 
-def grid_samples(model: DiffusionModel, meta: dict[str, Any], config: Config, compute: Compute) -> Tensor:
-    """The samples that the sampler group asks for, uint8 [N, C, H, W]."""
+def asked_samples(
+    model: DiffusionModel, meta: dict[str, Any], config: Config, indices: range, compute: Compute
+) -> Tensor:
+    """Samples number `indices` as the sampler group asks for them, uint8 [N, C, H, W]."""
     s = config.sampler
     height, width, channels = meta["image_shape"]
     if s.steps > model.schedule.num_timesteps:
@@ -65,7 +67,7 @@ def grid_samples(model: DiffusionModel, meta: dict[str, Any], config: Config, co
     if s.label is not None and s.label not in meta["classes"]:
         raise ConfigError(f"sampler.label={s.label}: allowed are {', '.join(meta['classes'])}, or null for all")
     label = None if s.label is None else meta["classes"].index(s.label)
-    return draw_samples(model, s, range(s.num_samples), (channels, height, width), compute, label)
+    return draw_samples(model, s, indices, (channels, height, width), compute, label)
 
 
 def run(config: Config, out: Path) -> None:
@@ -78,7 +80,7 @@ def run(config: Config, out: Path) -> None:
     model, meta, _ = trained_model(config, out)
     folder = out / "samples"
     make_writable(folder)
-    images = grid_samples(compute.place_model(model), meta, config, compute)
+    images = asked_samples(compute.place_model(model), meta, config, range(config.sampler.num_samples), compute)
     for k, image in enumerate(images):
         save_png(folder / f"{k:05}.png", image.permute(1, 2, 0))
     save_png(out / "samples.png", sample_grid(images, model.num_classes if config.sampler.label is None else 0))

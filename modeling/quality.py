@@ -1,0 +1,175 @@
+"""FID, KID, Inception Score, precision and recall, by torch-fidelity: its Inception, ported from TensorFlow.
+
+Samples and reference are uint8 images; the reference is every training image, not flipped. Heusel et al. 2017,
+Binkowski et al. 2018, Salimans et al. 2016, Kynkaanniemi et al. 2019. The features of the reference are computed once
+and cached under (data, extractor); samples are kept as they are drawn, so that an evaluation that is stopped goes on.
+FID of few samples is biased: below MIN_SAMPLES its name says their number.
+"""
+
+import hashlib
+import logging
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+from modeling.errors import UserError
+from modeling.files import replacing
+from modeling.signals import poll
+
+log = logging.getLogger(__name__)
+MIN_SAMPLES = 10_000
+KID_SUBSET = 1000
+NEIGHBOURS = 3  # of precision and recall
+
+
+class Unavailable(UserError):
+    """The Inception weights cannot be had; the message says why and what to do."""
+
+
+class Inception:
+    """The feature extractor.
+
+    Args:
+        weights: a local file, or None: the published file, downloaded on first use.
+        sha256: that the file must have, or its beginning.
+        device: where it runs.
+
+    Raises:
+        Unavailable: no network.
+        UserError: the local file is missing, or another one than `sha256` says.
+    """
+
+    def __init__(self, weights: Path | None, sha256: str, device: torch.device) -> None:
+        path = weights or download(sha256)
+        try:
+            self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            if not self.sha256.startswith(sha256):
+                raise UserError(f"evaluation.inception_weights={path}: SHA-256 {self.sha256[:12]}..., not {sha256}...")
+            # torch-fidelity would unpickle whatever is in the file: it gets a copy of the tensors alone.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            with tempfile.NamedTemporaryFile(suffix=".pth") as clean:
+                torch.save(dict(state), clean.name)
+                self.network = FeatureExtractorInceptionV3(
+                    "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=clean.name
+                ).to(device)
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"evaluation.inception_weights={path} cannot be read: {reason}") from None
+        self.device = device
+
+    @torch.no_grad()
+    def features(self, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Pool features [N, 2048] and unbiased logits [N, 1008], float32 on the CPU.
+
+        Args:
+            images: batches of uint8 [B, C, H, W]; C = 3, or 1, which is repeated.
+        """
+        parts = []
+        for batch in images:
+            poll()
+            rgb = batch.to(self.device).expand(-1, 3, -1, -1)
+            parts.append([part.float().cpu() for part in self.network(rgb)])
+        pool, logits = (torch.cat(column) for column in zip(*parts, strict=True))
+        return pool, logits
+
+
+def download(sha256: str) -> Path:
+    """The published weights in PyTorch's cache folder.
+
+    Raises:
+        Unavailable: they are not there and cannot be downloaded.
+    """
+    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise Unavailable(
+                f"the Inception weights could not be downloaded ({reason}): put {path.name} of torch-fidelity into "
+                f"{path.parent}, or name the file: evaluation.inception_weights=<file>"
+            ) from None
+    return path
+
+
+def reference_features(inception: Inception, images: Tensor, data_sha256: str, folder: Path, batch_size: int) -> Tensor:
+    """Pool features of the training images [N, 2048], from `folder` or computed and kept there.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    key = hashlib.sha256(f"{data_sha256} train {inception.sha256}".encode()).hexdigest()[:16]
+    path = folder / f"{key}.npy"
+    if path.exists():
+        try:
+            return torch.from_numpy(np.load(path))
+        except (OSError, ValueError, EOFError) as error:
+            log.warning("%s is damaged (%s): computing it again", path, error)
+    log.info("features of %d training images, once: %s", len(images), path)
+    pool, _ = inception.features(torch.split(images, batch_size))
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, pool.numpy())
+    return pool
+
+
+def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
+    """Samples 0 to count - 1 in shards, uint8 [B, C, H, W]: read from `folder`, or drawn and kept there.
+
+    Args:
+        folder: one for each (weights, sampler): nothing in it is checked against them.
+        count: N.
+        shard: samples a file.
+        draw: gives the samples of a range of indices.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    for start in range(0, count, shard):
+        indices = range(start, min(start + shard, count))
+        path = folder / f"{indices.start:07}-{indices.stop:07}.npy"
+        try:
+            images = torch.from_numpy(np.load(path))
+        except (OSError, ValueError, EOFError):
+            images = draw(indices)
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.save(file, images.numpy())
+        yield images
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """FID (Heusel et al. 2017, equation 6) between two sets of features [N, D] and [M, D], in float64."""
+    statistics = [fid_features_to_statistics(f.double()) for f in (features, reference)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str, float]:
+    """All metrics of samples with pool features [N, D] and logits [N, K] against a reference [M, D].
+
+    Below MIN_SAMPLES samples each name ends in their number: fid_5000 is no FID.
+    """
+    n = len(pool)
+    subset = min(KID_SUBSET, n, len(reference))
+    kid = kid_features_to_metric(pool, reference, kid_subset_size=subset, verbose=False)
+    score = isc_features_to_metric(logits)
+    near = prc_features_to_metric(pool, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    found = {
+        "fid": frechet_distance(pool, reference),
+        "kid": kid[KEY_METRIC_KID_MEAN],
+        "kid_std": kid[KEY_METRIC_KID_STD],
+        "inception_score": score[KEY_METRIC_ISC_MEAN],
+        "inception_score_std": score[KEY_METRIC_ISC_STD],
+        "precision": near[KEY_METRIC_PRECISION],
+        "recall": near[KEY_METRIC_RECALL],
+    }
+    return found if n >= MIN_SAMPLES else {f"{name}_{n}": value for name, value in found.items()}
