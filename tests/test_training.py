@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from modeling.build import build_model, build_optimizer
 from modeling.checkpoint import checkpoints, read_checkpoint
@@ -83,14 +84,14 @@ class Recorder:
         self.grids[step] = images
 
 
-def make(folder, recorder, optimizer=None, model=None, diffusion=None, plain=False, start=None, **changes):
+def make(folder, recorder, optimizer=None, model=None, diffusion=None, plain=False, start=None, compute=CPU, **changes):
     optimizer = optimizer or adam(betas=[0.9, 0.99])
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (10, 3, 8, 8), generator=generator, dtype=torch.uint8)
     if plain:  # one colour an image: quick to learn
         images = images[:, :, :1, :1].expand(10, 3, 8, 8)
     data = LabelledImages(images, torch.arange(10) % 2)
-    model = build_model(model or MODEL, diffusion or DIFFUSION, (8, 8, 3), 2, seed=0)
+    model = build_model(model or MODEL, diffusion or DIFFUSION, (8, 8, 3), 2, seed=0).to(compute.device)
     return Trainer(
         model,
         build_optimizer(optimizer, model.parameters()),
@@ -99,7 +100,7 @@ def make(folder, recorder, optimizer=None, model=None, diffusion=None, plain=Fal
         0,
         data,
         data.first(8),
-        CPU,
+        compute,
         folder,
         recorder,
         start=start,
@@ -248,6 +249,44 @@ def test_first_step_is_the_definition(tmp_path):
     trainer.run()
     for parameter, expected in zip(trainer.parameters, reference.parameters(), strict=True):
         assert torch.allclose(parameter, expected - 0.1 * expected.grad, atol=1e-6)
+
+
+class Draws(TorchFunctionMode):
+    """Notes the device that every draw of random numbers names."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.randn, torch.randint):
+            self.devices[func.__name__] = kwargs.get("device")
+        return func(*args, **kwargs)
+
+
+def test_time_steps_and_noise_are_drawn_on_the_training_device(tmp_path):
+    """Without a GPU the wrong device shows only in what the draw asks for: none would be the CPU."""
+    trainer = make(tmp_path, Recorder())
+    with Draws() as draws:
+        trainer._batch(0)
+    assert draws.devices == {"randn": CPU.device, "randint": CPU.device}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="trains on CUDA")
+def test_training_on_cuda_goes_on_where_it_stopped(tmp_path):
+    cuda = Compute(torch.device("cuda"), bf16=False)
+    whole = make(tmp_path / "whole", Recorder(), compute=cuda)
+    whole.run()
+    part = Recorder()
+    part.stop_at = 5
+    with stop_requests(), pytest.raises(Stopped):
+        make(tmp_path / "part", part, compute=cuda).run()
+    part.stop_at = None
+    rest = make(tmp_path / "part", part, compute=cuda)
+    rest.run()
+    assert all(p.is_cuda for p in rest.parameters)
+    assert torch.allclose(weights(rest), weights(whole), atol=1e-6)  # bit for bit needs deterministic kernels
 
 
 def test_learning_rate():
