@@ -57,27 +57,32 @@ def build_model(
     Raises:
         ConfigError: the network does not fit the images, or it is class-conditional and there are no classes.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(step_seed(seed, "init", 0))
+        network = build_network(model, diffusion, image_shape, num_classes)
+    return DiffusionModel(
+        network, build_schedule(diffusion), diffusion.prediction_type, diffusion.variance, diffusion.min_snr_gamma
+    )
+
+
+def build_network(model: ModelConfig, diffusion: DiffusionConfig, image_shape: Sequence[int], num_classes: int) -> UNet:
+    """The network alone, its weights from the global generator; arguments and errors as in build_model."""
     height, width, channels = image_shape
     check_image_size(model, height, width)
     classes_fit = num_classes > 1 or not model.class_conditional
     _require(classes_fit, "model.class_conditional", True, "the data has no classes (for a folder: sub-folders)")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(step_seed(seed, "init", 0))
-        network = UNet(
-            height,
-            channels,
-            model.model_channels,
-            model.channel_mult,
-            model.num_res_blocks,
-            model.attention_resolutions,
-            model.num_heads,
-            model.dropout,
-            model.norm_groups,
-            out_channels=2 * channels if diffusion.variance == "learned" else channels,
-            num_classes=num_classes if model.class_conditional else 0,
-        )
-    return DiffusionModel(
-        network, build_schedule(diffusion), diffusion.prediction_type, diffusion.variance, diffusion.min_snr_gamma
+    return UNet(
+        height,
+        channels,
+        model.model_channels,
+        model.channel_mult,
+        model.num_res_blocks,
+        model.attention_resolutions,
+        model.num_heads,
+        model.dropout,
+        model.norm_groups,
+        out_channels=2 * channels if diffusion.variance == "learned" else channels,
+        num_classes=num_classes if model.class_conditional else 0,
     )
 
 

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import logging
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,7 +96,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             damaged = archive.testzip() if plain else "a compressed record"
         if damaged:
             raise Damaged(f"checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is strange about the file
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # what a parser of hostile bytes raises is a long list, and none of it is our bug

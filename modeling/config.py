@@ -4,6 +4,7 @@ Types and unknown keys are checked by OmegaConf against the dataclasses of setti
 together, here. Whatever is wrong raises ConfigError with one line that names the key.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -52,11 +53,16 @@ def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     for group in (*CHOICES, *GROUPS):
         _require(isinstance(cfg.get(group), DictConfig), group, cfg.get(group), "a group of keys is expected")
         groups[group] = _structured(group, cfg[group])
+        for key, value in vars(groups[group]).items():
+            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)]
+            _require(all(map(math.isfinite, numbers)), f"{group}.{key}", value, "must be finite")
     top = {key: cfg.get(key) for key in TOP}
     for key, expected in TOP.items():
         _require(type(top[key]) is expected, key, top[key], f"must be of type {expected.__name__}")
+    out_dir = cfg.get("out_dir")
+    _require(out_dir is None or type(out_dir) is str, "out_dir", out_dir, "must be a path, or null")
     named = frozenset(re.split(r"[@=]", override.lstrip("+~"))[0] for override in overrides)
-    config = Config(out_dir=cfg.get("out_dir"), named=named, **top, **groups)
+    config = Config(out_dir=out_dir, named=named, **top, **groups)
     _check(config)
     return config
 

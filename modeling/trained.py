@@ -8,12 +8,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from modeling.build import build_model
+import torch
+from torch import Tensor
+
+from modeling.build import build_model, build_network
 from modeling.checkpoint import load_model
 from modeling.diffusers_format import load_diffusers
 from modeling.diffusion import DiffusionModel
 from modeling.errors import ConfigError, UserError
 from modeling.settings import CHOICES, GROUPS, DiffusionConfig, ModelConfig
+
+MAX_TIMESTEPS = 1_000_000  # of a model file
 
 
 def architecture(model: ModelConfig, diffusion: DiffusionConfig) -> dict[str, Any]:
@@ -41,12 +46,35 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
     try:
         model = parse_group("model", meta["config"]["model"])
         diffusion = parse_group("diffusion", meta["config"]["diffusion"])
-        trained = build_model(model, diffusion, meta["image_shape"], len(meta["classes"]), seed=0)
+        num_classes = len(meta["classes"])
+        _check_sizes(tensors, model, diffusion, meta["image_shape"], num_classes)
+        trained = build_model(model, diffusion, meta["image_shape"], num_classes, seed=0)
         trained.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what hostile metadata lead to is a long list, and none of it is our bug
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model {path} is of another architecture than it says: {reason}") from None
     return trained.eval(), meta
+
+
+def _check_sizes(
+    tensors: dict[str, Tensor], model: ModelConfig, diffusion: DiffusionConfig, image_shape: list[int], num_classes: int
+) -> None:
+    """Checks that a file holds the network that it names before memory is taken for it: a small file may name a giant.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if max(model.num_res_blocks, len(model.channel_mult)) > len(tensors) or diffusion.num_timesteps > MAX_TIMESTEPS:
+        raise ValueError("its metadata name sizes that its tensors do not have")
+    with torch.device("meta"):  # shapes without memory
+        network = build_network(model, diffusion, image_shape, num_classes)
+    shapes = {f"network.{name}": tensor.shape for name, tensor in network.state_dict().items()}
+    for name in sorted({*shapes, *tensors}):
+        held = tuple(tensors[name].shape) if name in tensors else None
+        if tuple(shapes.get(name, ())) != held or name not in shapes:
+            raise ValueError(f"{name} has the shape {held}, expected is {tuple(shapes.get(name, ()))}")
 
 
 def check_agrees(path: Path, meta: dict[str, Any], model: ModelConfig, diffusion: DiffusionConfig) -> None:

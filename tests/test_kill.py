@@ -114,8 +114,9 @@ def test_killed_at_any_moment_the_result_is_the_same(undisturbed, tmp_path):
     assert [step for step, _ in told] == [step for step, _ in expected] and told == expected
 
 
-def saved_step(folder):
-    return max((int(path.stem.split("-")[1]) for path in (folder / "root/runs").glob("*/step-*.pt")), default=0)
+def saved_step(folder, root="root"):
+    """The newest checkpoint's step."""
+    return max((int(path.stem.split("-")[1]) for path in (folder / root / "runs").glob("*/step-*.pt")), default=0)
 
 
 def count(places):
