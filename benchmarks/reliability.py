@@ -1,0 +1,107 @@
+"""What the guarantees cost, and whether memory stays flat: `python -m benchmarks.reliability cost` or `memory`.
+
+`cost`: steps per second of the demo's network with checkpoints, CSV and an offline W&B run at the default intervals,
+as a ratio to the same steps without any of them, by turns in fresh processes. `memory`: the resident memory of 10,000
+steps of a very small network with everything on, the first thousand against the last. Both print one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.machine import describe
+from benchmarks.measure import ratio, spread
+from benchmarks.project import configure
+from modeling.reports import Reports
+from modeling.stages import train
+
+DEFAULTS = ["trainer.log_every=100", "trainer.checkpoint_every=1000", "wandb.mode=offline"]  # conf/trainer, conf/wandb
+NOTHING = ["trainer.log_every=10000000", "trainer.checkpoint_every=10000000", "wandb.mode=disabled"]
+RARELY = ["trainer.evaluate_every=10000000", "trainer.sample_every=10000000"]  # work of its own, not a guarantee
+DEMO = ["data=shapes", "data.num_train=1000", "data.num_test=64", "model=tiny", "trainer.batch_size=16"]
+SMALL = [
+    *("data=shapes", "data.num_train=64", "data.num_test=16", "data.image_size=8", "model=tiny"),
+    *("model.model_channels=8", "model.channel_mult=[1,2]", "model.attention_resolutions=[4]"),
+    *("diffusion.num_timesteps=20", "sampler=ddim", "sampler.steps=3", "trainer.batch_size=4"),
+    *("trainer.evaluate_every=500", "trainer.evaluate_images=16"),
+    *("trainer.sample_every=500", "trainer.sample_images=4", "trainer.sample_steps=5"),
+]
+WARM = 50  # steps before the clock starts
+STEPS = 1000  # that are timed: the ends of ten log intervals and of one checkpoint interval lie among them
+
+
+class Marked(Reports):
+    """Notes the time and the resident memory of this process at every step."""
+
+    marks: list[tuple[float, int]] = []  # noqa: RUF012  # one run a process
+    process = psutil.Process()
+
+    def stepped(self, step: int) -> None:
+        """See Reporter."""
+        super().stepped(step)
+        self.marks.append((time.perf_counter(), self.process.memory_info().rss))
+
+
+def marks(*overrides: str) -> list[tuple[float, int]]:
+    """Runs the real train stage in a throw-away folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DVC_ROOT"] = folder
+        os.environ.pop("WANDB_MODE", None)
+        train.Reports = Marked  # type: ignore[misc]  # the stage's reports, with a clock
+        train.run(configure(*overrides), Path(folder) / "out")
+    return Marked.marks
+
+
+def speed(*overrides: str) -> float:
+    """Steps a second after the warm-up."""
+    found = marks(*DEMO, *RARELY, f"trainer.steps={WARM + STEPS + 5}", *overrides)
+    return STEPS / (found[WARM + STEPS][0] - found[WARM][0])
+
+
+def cost(rounds: int) -> dict[str, Any]:
+    """The ratio of the two speeds; a process each, by turns."""
+    found: dict[str, list[float]] = {"with": [], "without": []}
+    for k in range(rounds):
+        for name in list(found)[:: -1 if k % 2 else 1]:
+            command = [sys.executable, "-m", "benchmarks.reliability", f"speed-{name}"]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[name].append(float(done.stdout.split()[-1]))
+    return {
+        "steps_per_second": {name: spread(values) for name, values in found.items()},
+        "ratio": ratio(found["with"], found["without"]),
+    }
+
+
+def memory(steps: int) -> dict[str, Any]:
+    """Mean resident memory, in MB, over each thousand steps."""
+    found = marks(*SMALL, *DEFAULTS, "trainer.log_every=10", "trainer.checkpoint_every=100", f"trainer.steps={steps}")
+    rss = [mark[1] / 1e6 for mark in found]
+    means = [sum(rss[k : k + 1000]) / len(rss[k : k + 1000]) for k in range(0, len(rss), 1000)]
+    return {"steps": steps, "mean_mb": [round(mean, 1) for mean in means], "peak_mb": round(max(rss), 1)}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["cost", "memory", "speed-with", "speed-without"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10_000)
+    arguments = parser.parse_args()
+    if arguments.what.startswith("speed"):
+        print(speed(*(DEFAULTS if arguments.what == "speed-with" else NOTHING)))
+        return
+    found = cost(arguments.rounds) if arguments.what == "cost" else memory(arguments.steps)
+    print(json.dumps(found | {"seed": 0, "machine": describe(torch.device("cpu"))}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
