@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint repository
+.PHONY: demo test lint bench repository
 .DELETE_ON_ERROR:
 
 # prepare -> train -> evaluate through DVC, on the embedded data set.
@@ -24,6 +24,10 @@ repository:
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term-missing
+
+# Speed against the peers, on this machine, with nothing else running: BENCH=--quick for a few minutes on two cores.
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -18,8 +18,8 @@ from torchvision import transforms
 
 from benchmarks.measure import Contestant
 from benchmarks.project import Task
+from modeling.diffusers_weights import to_diffusers
 from modeling.schedule import linear_betas
-from modeling.unet import AttentionBlock, ResBlock, UNet
 
 
 class PILImages(Dataset[Tensor]):
@@ -77,55 +77,11 @@ def diffusers_unet(task: Task) -> Any:
     ).to(task.compute.device)
 
 
-def copy_weights(ours: UNet, theirs: Any) -> None:
+def copy_weights(task: Task, ours: nn.Module, theirs: Any) -> None:
     """Gives diffusers' network the weights of ours."""
-    with torch.no_grad():
-        for mine, other in _pairs(ours, theirs):
-            assert mine.weight.shape == other.weight.shape
-            other.weight.copy_(mine.weight)
-            other.bias.copy_(mine.bias)
-        blocks = [block for block in ours.modules() if isinstance(block, AttentionBlock)]
-        for block, other in zip(blocks, _attentions(theirs), strict=True):
-            names = (other.to_q, other.to_k, other.to_v)
-            for weight, bias, part in zip(block.qkv.weight.chunk(3), block.qkv.bias.chunk(3), names, strict=True):
-                part.weight.copy_(weight)
-                part.bias.copy_(bias)
-
-
-def _blocks(theirs: Any) -> Iterator[tuple[Any, Any]]:
-    """(resnet, attention or None), and (resampling convolution, None), in the order of the forward pass."""
-    for block in theirs.down_blocks:
-        attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-        yield from zip(block.resnets, attentions, strict=True)
-        yield from ((d.conv, None) for d in block.downsamplers or [])
-    yield theirs.mid_block.resnets[0], theirs.mid_block.attentions[0]
-    yield theirs.mid_block.resnets[1], None
-    for block in theirs.up_blocks:
-        attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-        yield from zip(block.resnets, attentions, strict=True)
-        yield from ((u.conv, None) for u in block.upsamplers or [])
-
-
-def _attentions(theirs: Any) -> Iterator[Any]:
-    return (attention for _, attention in _blocks(theirs) if attention is not None)
-
-
-def _pairs(ours: UNet, theirs: Any) -> Iterator[tuple[Any, Any]]:
-    yield ours.time_mlp[0], theirs.time_embedding.linear_1
-    yield ours.time_mlp[2], theirs.time_embedding.linear_2
-    yield ours.conv_in, theirs.conv_in
-    for mine, (other, attention) in zip([*ours.down, *ours.middle, *ours.up], _blocks(theirs), strict=True):
-        if not isinstance(mine, ResBlock):
-            yield mine.conv, other
-            continue
-        yield from ((mine.norm1, other.norm1), (mine.conv1, other.conv1), (mine.time_proj, other.time_emb_proj))
-        yield from ((mine.norm2, other.norm2), (mine.conv2, other.conv2))
-        if not isinstance(mine.shortcut, nn.Identity):
-            yield mine.shortcut, other.conv_shortcut
-        if isinstance(mine.attention, AttentionBlock):
-            yield from ((mine.attention.norm, attention.group_norm), (mine.attention.proj, attention.to_out[0]))
-    yield ours.norm_out, theirs.conv_norm_out
-    yield ours.conv_out, theirs.conv_out
+    m = task.config.model
+    weights = {name: tensor.contiguous() for name, tensor in ours.state_dict().items()}
+    theirs.load_state_dict(to_diffusers(weights, len(m.channel_mult), m.num_res_blocks))
 
 
 def diffusers_training(task: Task, bf16: bool = False, compiled: bool = False) -> Contestant:
@@ -234,7 +190,7 @@ def diffusers_sampling(task: Task, name: str, steps: int, batch_size: int) -> Co
     import diffusers
 
     unet = diffusers_unet(task).eval()
-    copy_weights(task.model().network, unet)
+    copy_weights(task, task.model().network, unet)
     total = task.config.diffusion.num_timesteps
     kinds = {
         "ddpm": (diffusers.DDPMPipeline, diffusers.DDPMScheduler),

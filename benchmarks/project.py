@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import Contestant
 from modeling.build import build_model, build_optimizer
 from modeling.config import load_config
-from modeling.data import shapes
+from modeling.data import LabelledImages, shapes
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
 from modeling.settings import Config
-from modeling.training import Trainer
+from modeling.training import Reporter, Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,10 +43,15 @@ class Task:
         height, width, channels = self.images.shape[1:]
         return channels, height, width
 
+    def data(self) -> LabelledImages:
+        """The images as this project has them; all labels are 0."""
+        images = torch.from_numpy(self.images).permute(0, 3, 1, 2)
+        return LabelledImages(images, torch.zeros(len(images), dtype=torch.int64))
+
     def model(self) -> DiffusionModel:
         """Fresh, on the device, in the memory layout that training uses."""
         c = self.config
-        return self.compute.place_model(build_model(c.model, c.diffusion, self.images.shape[1:], c.seed))
+        return self.compute.place_model(build_model(c.model, c.diffusion, self.images.shape[1:], 0, c.seed))
 
 
 def make_task(overrides: Sequence[str], image_size: int = 32, num_images: int = 2000, precision: str = "auto") -> Task:
@@ -65,21 +70,29 @@ class Silent:
     def sampled(self, step: int, images: Tensor) -> None: ...
 
 
-def make_trainer(task: Task, folder: Path | None = None) -> Trainer:
-    """The Trainer of a task; it saves nothing unless it is run."""
-    c, model = task.config, task.model()
-    images = torch.from_numpy(task.images).permute(0, 3, 1, 2)
+def make_trainer(
+    task: Task, folder: Path | None = None, reporter: Reporter | None = None, test: LabelledImages | None = None
+) -> Trainer:
+    """The Trainer of a task; it saves nothing unless it is run.
+
+    Args:
+        task: its images are what is trained on.
+        folder: of the checkpoints.
+        reporter: hears what happens; None: nobody does.
+        test: for the held-out loss; None: one of the training images, where that loss does not matter.
+    """
+    c, model, data = task.config, task.model(), task.data()
     return Trainer(
         model,
         build_optimizer(c.optimizer, model.parameters()),
         c.optimizer,
         c.trainer,
         c.seed,
-        images,
-        images[:1],
+        data,
+        test or data.first(1),
         task.compute,
         folder or Path(tempfile.gettempdir()) / "no-checkpoints",
-        Silent(),
+        reporter or Silent(),
     )
 
 
@@ -91,7 +104,7 @@ def training(task: Task) -> Contestant:
         trainer._train_step()
         trainer.step += 1
         if trainer.step % task.config.trainer.log_every == 0:
-            trainer.sums.tolist()
+            trainer.watch.look(trainer.step)
         return task.config.trainer.batch_size
 
     return work

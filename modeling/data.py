@@ -244,10 +244,11 @@ class BatchSource:
 
     def batch(self, step: int) -> Tensor:
         """float32 [B, C, H, W] in [-1, 1], on the device of the images."""
-        # The arrays are [N, H, W, C]: without contiguous() the network would run channels-last, half as fast on a CPU.
-        x_0 = to_model(self.images[self.indices(step).to(self.images.device)]).contiguous()
+        images = self.images.index_select(0, self.indices(step).to(self.images.device))
         if self.random_flip:
             generator = torch.Generator().manual_seed(step_seed(self.seed, "flip", step))
-            flip = torch.rand(self.batch_size, generator=generator).to(x_0.device) < 0.5
-            x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
-        return x_0
+            flip = torch.rand(self.batch_size, generator=generator) < 0.5
+            # Each image from the batch or from the mirrored one behind it: faster as bytes than torch.where on floats.
+            source = torch.arange(self.batch_size) + self.batch_size * flip
+            images = torch.cat([images, images.flip(3)]).index_select(0, source.to(images.device))
+        return to_model(images.contiguous())

@@ -9,11 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend without a screen
-
 from modeling.files import cannot_write, replacing, write_atomic
 
 COLUMNS = ("step", "images", "lr", "loss", "grad_norm", "held_out_loss")
@@ -69,6 +64,11 @@ class History:
         Raises:
             UserError: it cannot be written.
         """
+        import matplotlib  # here, since it takes half a second and training needs it at its end only
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt  # after the choice of a backend without a screen
+
         figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
         for key, label in (("loss", "training loss"), ("held_out_loss", "held-out loss (EMA)")):
             points = [(int(row["step"]), float(row[key])) for row in self.rows if row[key]]

@@ -15,7 +15,7 @@ from modeling.files import replacing
 
 def to_model(images: Tensor) -> Tensor:
     """uint8 images, any shape, to float32 in [-1, 1]: 0 is -1, 255 is 1."""
-    return images.float() / 127.5 - 1
+    return images.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.layers import Dropout, GroupNorm, attention
+from modeling.layers import Dropout, attention
 
 NORM_EPS = 1e-6  # of the original implementation; PyTorch's default is 1e-5
 
@@ -47,10 +47,10 @@ class ResBlock(nn.Module):
         attention_heads: int = 0,
     ) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_proj = nn.Linear(emb_channels, out_channels)
-        self.norm2 = GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut: nn.Module = (
@@ -75,7 +75,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, num_heads: int, groups: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = GroupNorm(groups, channels, eps=NORM_EPS)
+        self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
@@ -187,7 +187,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(channels))
                 size *= 2
 
-        self.norm_out = GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.norm_out = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels, out_channels or in_channels, 3, padding=1)
         self._initialise()
 

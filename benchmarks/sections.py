@@ -1,0 +1,276 @@
+"""What is measured, section by section; each returns plain data for the table, the file and the plot.
+
+A rate is the spread of work per second over the rounds; a ratio compares two contestants within each round.
+"""
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks import peers, project
+from benchmarks.machine import matrix_product
+from benchmarks.measure import Contestant, rates, ratio, spread
+from benchmarks.project import ROOT, Task, make_task
+from modeling.data import BatchSource, LabelledImages
+from modeling.drawing import draw_samples
+from modeling.evaluation import bits_per_dim
+from modeling.held_out import held_out_losses
+from modeling.settings import CHOICES, SamplerConfig, TrainerConfig
+from modeling.training import draw_timesteps
+
+OURS = "this project"
+
+
+@dataclass
+class Size:
+    """How much is measured."""
+
+    model: str
+    batch: int
+    sample_batch: int
+    evaluations: int  # of the network, for each sample
+    rounds: int
+    matrix: int  # rows of the matrix product that stands for the peak
+    data_batch: int = 128
+    scaling: bool = True
+
+
+SIZES = {
+    "full": Size("ddpm", 32, 8, 5, 5, 2048),
+    "quick": Size("ddpm", 4, 2, 3, 3, 2048),
+    "tiny": Size("tiny", 2, 2, 2, 1, 64, data_batch=8),
+    "gpu": Size("ddpm", 128, 64, 50, 7, 8192),
+}
+
+
+def training(size: Size) -> dict[str, Any]:
+    """Section 1: whole training steps, with data loading, of the same network at the same batch."""
+    overrides = (f"model={size.model}", f"trainer.batch_size={size.batch}")
+    task, exact = make_task(overrides), make_task(overrides, precision="fp32")
+    device = task.compute.device
+    bf16 = task.compute.bf16
+    contestants: dict[str, Contestant] = {
+        OURS: project.training(task),
+        "this project, float32": project.training(exact),
+        "diffusers (float32, its default)": peers.diffusers_training(task),
+        "denoising-diffusion-pytorch (float32, its default)": peers.ddpm_pytorch_training(task),
+        "plain loop (float32)": peers.plain_training(task),
+    }
+    if bf16:
+        contestants["diffusers (bf16 autocast)"] = peers.diffusers_training(task, bf16=True)
+        contestants["denoising-diffusion-pytorch (bf16 autocast)"] = peers.ddpm_pytorch_training(task, bf16=True)
+    if device.type == "cuda":
+        contestants["diffusers (bf16 autocast, compiled)"] = peers.diffusers_training(task, bf16=True, compiled=True)
+    peak = "matrix product"
+    contestants[peak] = matrix_product(device, torch.bfloat16 if bf16 else torch.float32, size.matrix)
+    found = rates(contestants, size.rounds, device, seconds=0.5)
+    peaks = found.pop(peak)
+    flops = project.training_flops(task)
+    return {
+        "batch": size.batch,
+        "model": size.model,
+        "precision": "bf16" if bf16 else "fp32",
+        "gflop_per_image": flops / 1e9,
+        "peak_gflops": spread([p / 1e9 for p in peaks]),
+        "utilisation": ratio([flops * rate for rate in found[OURS]], peaks),
+        "images_per_second": {name: spread(values) for name, values in found.items()},
+        "ratio": {name: ratio(found[OURS], values) for name, values in found.items() if name != OURS},
+    }
+
+
+def step(size: Size) -> dict[str, Any]:
+    """Section 2: the parts of a step around the network, and the data pipeline alone."""
+    task = make_task((f"model={size.model}", f"trainer.batch_size={size.batch}"))
+    device = task.compute.device
+    trainer = project.make_trainer(task)
+    trainer._train_step()  # leaves gradients behind
+    n, shape = size.batch, task.shape
+
+    def batch() -> float:
+        trainer.batches.batch(1)
+        return 1
+
+    def noise() -> float:
+        generator = task.compute.generator(0)
+        t = draw_timesteps(n, trainer.model.schedule.num_timesteps, False, generator)
+        x = torch.randn(n, *shape, generator=generator, device=device)
+        trainer.model.q_sample(x, t, x)
+        return 1
+
+    def clip() -> float:
+        torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0)
+        return 1
+
+    def optimizer() -> float:
+        trainer.optimizer.step()
+        return 1
+
+    def ema() -> float:
+        trainer.ema.update()
+        return 1
+
+    def whole() -> float:
+        trainer._train_step()
+        trainer.step += 1
+        return 1
+
+    network = project.network_only(task)
+    parts: dict[str, Contestant] = {
+        "whole step": whole,
+        "network, forward and backward": lambda: network() / n,
+        "batch": batch,
+        "time steps and noise": noise,
+        "clipping": clip,
+        "optimizer": optimizer,
+        "EMA": ema,
+    }
+    found = rates(parts, size.rounds, device, seconds=0.2)
+    inside, outside = found["network, forward and backward"], found["whole step"]
+    return {
+        "batch": n,
+        "milliseconds": {name: spread([1e3 / rate for rate in values]) for name, values in found.items()},
+        "share_around_the_network": spread([1 - w / i for w, i in zip(outside, inside, strict=True)]),
+        "data": data_pipeline(size),
+    }
+
+
+def data_pipeline(size: Size) -> dict[str, Any]:
+    """Batches of images with flips, ready for the network, against torchvision's DataLoader."""
+    n = size.data_batch
+    task = make_task((f"trainer.batch_size={n}", "trainer.random_flip=true"), num_images=max(2000, n))
+    data = task.data()
+    source = BatchSource(LabelledImages(task.compute.place(data.images), data.labels), n, 0, True)
+    usual = peers.batches(task.images, n)
+    step = 0
+
+    def ours() -> float:
+        nonlocal step
+        step += 1
+        source.batch(step)
+        return n
+
+    def theirs() -> float:
+        next(usual)
+        return n
+
+    found = rates({OURS: ours, "torchvision's DataLoader": theirs}, size.rounds, task.compute.device, seconds=0.3)
+    return {
+        "batch": n,
+        "images_per_second": {name: spread(values) for name, values in found.items()},
+        "ratio": ratio(found[OURS], found["torchvision's DataLoader"]),
+    }
+
+
+def sampling(size: Size) -> dict[str, Any]:
+    """Section 3: a few network evaluations of each sampler, with the same weights.
+
+    The images/s of a whole sampler are extrapolated from the time of an evaluation where fewer than its own were run.
+    """
+    task = make_task((f"model={size.model}",))
+    model = task.model().eval()
+    named = {"ddpm": 1000, "ddim": 50, "dpm_solver": 20}
+    found: dict[str, Any] = {}
+    for name, whole in named.items():
+        if name not in CHOICES["sampler"][1]:
+            continue
+        steps = min(size.evaluations, whole)
+        config = project.configure(f"sampler={name}", f"sampler.steps={steps}")
+
+        def ours(sampler: SamplerConfig = config.sampler) -> float:
+            draw_samples(model, sampler, range(size.sample_batch), task.shape, task.compute)
+            return float(sampler.steps * size.sample_batch)
+
+        theirs = peers.diffusers_sampling(task, name, steps, size.sample_batch)
+        speeds = rates({OURS: ours, "diffusers": theirs}, size.rounds, task.compute.device)
+        found[name] = {
+            "batch": size.sample_batch,
+            "evaluations_run": steps,
+            "evaluations_of_a_sample": whole,
+            "extrapolated": steps < whole,
+            "evaluations_per_second": {key: spread(values) for key, values in speeds.items()},
+            "images_per_second": {key: spread([v / whole for v in values]) for key, values in speeds.items()},
+            "ratio": ratio(speeds[OURS], speeds["diffusers"]),
+        }
+    return found
+
+
+def evaluation(size: Size) -> dict[str, Any]:
+    """Section 4: images/s of the held-out loss, and of bits/dim at T network evaluations an image (extrapolated)."""
+    task = make_task((f"model={size.model}",))
+    model = task.model().eval()
+    n, some, total = 2 * size.sample_batch, 3, task.config.diffusion.num_timesteps
+    data = task.data().first(n)
+
+    def held_out() -> float:
+        held_out_losses(model, data, n, task.compute)
+        return n
+
+    def bits() -> float:
+        bits_per_dim(model, data, n, some, task.compute)
+        return n * (some + 1) / total  # one more for the decoder's term
+
+    found = rates({"held_out_loss": held_out, "bits_per_dim": bits}, size.rounds, task.compute.device)
+    return {"images_per_second": {name: spread(values) for name, values in found.items()}, "bits_extrapolated": True}
+
+
+def scaling(size: Size) -> dict[str, Any]:
+    """Section 6: cost against batch, image size and T; memory against batch; of the small network."""
+    model = "tiny" if size.model == "tiny" else "small"
+    batches = (1, 2) if size.model == "tiny" else (1, 4, 16, 64)
+
+    def speeds(tasks: dict[str, Callable[[], Task]]) -> dict[str, Any]:
+        contestants = {name: project.training(make()) for name, make in tasks.items()}
+        device = make_task((f"model={model}",)).compute.device
+        found = rates(contestants, size.rounds, device, seconds=0.3)
+        return {name: spread(values) for name, values in found.items()}
+
+    def task(batch: int, image_size: int = 32, total: int = 1000) -> Task:
+        overrides = (f"model={model}", f"trainer.batch_size={batch}", f"diffusion.num_timesteps={total}")
+        # The same shape of network whatever the pixels: attention at the middle resolution.
+        more = (f"model.attention_resolutions=[{image_size // 4}]", "trainer.sample_steps=10", "sampler.steps=10")
+        return make_task(overrides + more, image_size, num_images=128)
+
+    most = batches[-1]
+    return {
+        "model": model,
+        "images_per_second_by_batch": speeds({str(b): lambda b=b: task(b) for b in batches}),
+        "images_per_second_by_image_size": speeds({str(s): lambda s=s: task(most // 2, s) for s in (16, 32, 64)}),
+        "images_per_second_by_T": speeds({str(t): lambda t=t: task(most, 32, t) for t in (10, 1000, 4000)}),
+        "peak_megabytes_by_batch": {str(b): peak_memory(model, b) for b in batches}
+        | {
+            f"{most}, micro batches of {most // 2}": peak_memory(model, most, f"trainer.micro_batch_size={most // 2}")
+            for _ in range("micro_batch_size" in TrainerConfig.__dataclass_fields__)
+        },
+    }
+
+
+def peak_memory(model: str, batch: int, *more: str) -> float:
+    """Most memory, in megabytes, of two training steps: the device's, else all of the process's."""
+    code = "import sys; from benchmarks.sections import print_peak; print_peak(sys.argv[1:])"
+    command = [sys.executable, "-c", code, f"model={model}", f"trainer.batch_size={batch}", *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_peak(overrides: list[str]) -> None:
+    """Trains two steps in this process and prints the most memory that it ever had."""
+    task = make_task(overrides, num_images=128)
+    work = project.training(task)
+    work()
+    work()
+    if task.compute.device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 1e6)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def sized(device: torch.device, name: str) -> Size:
+    """The size of a mode; a GPU is given enough to do."""
+    if device.type == "cuda" and name != "tiny":
+        return replace(SIZES["gpu"], rounds=3) if name == "quick" else SIZES["gpu"]
+    return SIZES[name]

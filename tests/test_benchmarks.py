@@ -1,0 +1,108 @@
+"""The benchmarks run, compare like with like, and their arithmetic is right. Never a time: they are for that."""
+
+import csv
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import bench, loss_equality, peers, time_to_quality
+from benchmarks.measure import rates, ratio, spread
+from benchmarks.project import make_task, training_flops
+
+
+def test_ratios_are_formed_within_rounds():
+    assert ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}
+    assert spread([3.0, 1.0])["median"] == 2.0
+
+
+def test_contestants_take_turns():
+    calls = []
+    work = {name: (lambda name=name: calls.append(name) or 1.0) for name in "ab"}
+    found = rates(work, 3, torch.device("cpu"))
+    assert calls == ["a", "b", *"ab", *"ba", *"ab"] and [len(values) for values in found.values()] == [3, 3]
+
+
+def test_diffusers_network_computes_the_same():
+    """Same architecture, same parameter count, same output: the comparison is of implementations alone."""
+    task = make_task(("model=tiny", "model.attention_resolutions=[16,8]"), num_images=4, precision="fp32")
+    ours, theirs = task.model().network.eval(), peers.diffusers_unet(task).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    peers.copy_weights(task, ours, theirs)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    x, t = torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([3, 900])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t), theirs(x, t).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_operations_are_counted():
+    """By hand, for a network that is one convolution in and one out and one block without attention each way."""
+    task = make_task(("model=tiny",), num_images=4)
+    assert training_flops(task) == pytest.approx(3 * 126_861_312)
+
+
+def test_bench_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "--tiny", "--out", str(tmp_path)])
+    bench.main()
+    (path,) = tmp_path.glob("*-tiny.json")
+    results = json.loads(path.read_text())
+    assert path.with_suffix(".png").exists()
+    assert set(results) >= {"mode", "machine", "training", "step", "sampling", "evaluation", "startup", "scaling"}
+    assert results["training"]["utilisation"]["median"] > 0
+    printed = capsys.readouterr().out
+    assert "diffusers (float32, its default)" in printed and "From the command to the first step" in printed
+
+
+SMALL = [
+    "data=shapes",
+    "data.num_train=32",
+    "data.num_test=8",
+    "data.image_size=8",
+    "model=tiny",
+    "model.channel_mult=[1,2]",
+    "model.attention_resolutions=[4]",
+    "diffusion.num_timesteps=20",
+    "trainer.batch_size=4",
+    "trainer.log_every=1",
+    "trainer.evaluate_every=2",
+    "trainer.sample_every=4",
+    "trainer.sample_images=4",
+    "trainer.sample_steps=2",
+    "trainer.checkpoint_every=2",
+    "sampler.steps=2",
+    "evaluation.bpd_images=4",
+    "evaluation.bpd_timesteps=3",
+    "precision=fp32",
+]
+
+
+def test_time_to_quality_in_parts_is_that_of_one_run(tmp_path, monkeypatch):
+    """A part of no minutes trains one step and stops; the next goes on. The record is that of a single run."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    overrides = [*SMALL, "trainer.steps=6"]
+    assert time_to_quality.run(60, tmp_path / "whole", overrides)
+    parts = 0
+    while not time_to_quality.run(0, tmp_path / "parts", overrides):
+        parts += 1
+    assert parts >= 5
+    tables = []
+    for name in ("whole", "parts"):
+        with (tmp_path / name / "quality.csv").open() as file:
+            rows = [{k: v for k, v in row.items() if k not in ("minutes", "loss")} for row in csv.DictReader(file)]
+        assert [int(row["step"]) for row in rows] == [2, 4, 6] and [int(row["images"]) for row in rows] == [8, 16, 24]
+        tables.append(rows)
+        grids = sorted(path.name for path in (tmp_path / name / "samples").iterdir())
+        assert grids == ["step-000000004.png", "step-000000006.png"] and (tmp_path / name / "quality.png").exists()
+    assert tables[0] == tables[1]
+
+
+def test_loss_equality_compares_three_runs(tmp_path, monkeypatch, capsys):
+    small = [item for item in SMALL if item.split("=")[0] not in ("data", "precision") and "every" not in item]
+    out = tmp_path / "plot.png"
+    monkeypatch.setattr("sys.argv", ["loss_equality", "--steps", "4", "--out", str(out), *small])
+    loss_equality.main()
+    printed = capsys.readouterr().out
+    assert out.exists() and printed.count("held-out loss") == 3 and printed.count("mean difference") == 2

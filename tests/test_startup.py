@@ -1,0 +1,35 @@
+"""What a command imports: PyTorch alone takes seconds; what needs no network does without. No test of time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "torchvision", "wandb", "matplotlib", "dvc"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--cfg", "job"], 0),
+        (["model.no_such_key=1"], 2),
+        (["trainer.steps=0"], 2),
+        (["optimizer.lr=fast"], 2),
+        (["stage=nothing"], 2),
+    ],
+)
+def test_what_needs_no_network_imports_none(tmp_path, arguments, code):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "main.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "hydra" in imported and not imported & HEAVY
+
+
+def test_training_needs_no_plots_until_its_end():
+    code = "import sys, modeling.stages.train; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
