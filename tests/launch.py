@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["launch", "modeling.stages.train", "modeling.stages.evaluate", "hydra"])
@@ -39,6 +41,8 @@ def _child(arguments, cwd, environment, log, stacks, limits):
     os.write(told, b"ready\n")
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
+    # The server has imported PyTorch already, so the variable alone would come too late.
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [str(ROOT / "main.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
