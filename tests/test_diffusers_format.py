@@ -1,0 +1,70 @@
+"""What a diffusers folder cannot express, or we cannot read, is refused by name."""
+
+import json
+
+import pytest
+import torch
+
+from modeling.build import build_model
+from modeling.diffusers_format import load_diffusers, save_diffusers
+from modeling.errors import UserError
+from modeling.settings import DiffusionConfig, LinearConfig, ModelConfig, SigmoidConfig
+
+MODEL = ModelConfig("x", 8, [1, 2], 1, [8], 1, 0.0, 4)
+LINEAR = LinearConfig("linear", 10, "epsilon", "fixed_small")
+
+
+def saved(folder, model=MODEL, diffusion=LINEAR):
+    meta = {"config": {"model": vars(model), "diffusion": vars(diffusion)}, "image_shape": [8, 8, 3], "classes": []}
+    save_diffusers(folder, build_model(model, diffusion, (8, 8, 3), 2, 0).network.state_dict(), meta)
+    return folder
+
+
+@pytest.mark.parametrize("diffusion", [LINEAR, DiffusionConfig("cosine", 10, "v_prediction", "learned")])
+def test_round_trip(tmp_path, diffusion):
+    tensors, meta = load_diffusers(saved(tmp_path, diffusion=diffusion))
+    expected = build_model(MODEL, diffusion, (8, 8, 3), 0, 0).network.state_dict()
+    assert {f"network.{k}" for k in expected} == set(tensors)
+    assert all(torch.equal(tensors[f"network.{k}"], v) for k, v in expected.items())
+    assert meta["config"]["diffusion"]["schedule"] == diffusion.schedule
+
+
+EDITS = {
+    "norm_eps": ("unet/config.json", 1e-5),
+    "up_block_types": ("unet/config.json", ["UpBlock2D", "UpBlock2D"]),
+    "attention_head_dim": ("unet/config.json", 4),
+    "sample_size": ("unet/config.json", "x"),
+    "trained_betas": ("scheduler/scheduler_config.json", [0.1]),
+    "beta_schedule": ("scheduler/scheduler_config.json", "scaled_linear"),
+}
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_what_cannot_be_read_is_named(tmp_path, key):
+    name, value = EDITS[key]
+    path = saved(tmp_path) / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError):
+        load_diffusers(tmp_path)
+
+
+def test_weights_missing_damaged_or_pickled(tmp_path):
+    path = saved(tmp_path) / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match="damaged"):
+        load_diffusers(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="no diffusion_pytorch_model"):
+        load_diffusers(tmp_path)
+    torch.save({}, path.with_suffix(".bin"))
+    assert load_diffusers(tmp_path)[0] == {}
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    with pytest.raises(UserError, match="class-conditional"):
+        saved(tmp_path, ModelConfig("x", 8, [1, 2], 1, [8], 1, 0.0, 4, class_conditional=True))
+    with pytest.raises(UserError, match="2 heads"):
+        saved(tmp_path, ModelConfig("x", 8, [1, 2], 1, [8], 2, 0.0, 4))
+    saved(tmp_path, diffusion=SigmoidConfig("sigmoid", 10, "epsilon", "fixed_small"))
+    scheduler = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    assert len(scheduler["trained_betas"]) == 10
