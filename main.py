@@ -42,7 +42,7 @@ def main() -> None:
     try:
         with stop_requests():
             run()
-    except Exception as error:
+    except Exception as error:  # what Hydra raises before `run`; _end raises again what is a bug
         _end(error, "")
 
 
