@@ -9,15 +9,18 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from modeling import launch
 from modeling.config import load_config
 from modeling.errors import ConfigError, Stopped, UserError
 from modeling.faults import explain
 from modeling.signals import command_again, poll, stop_requests
 
 ORDER = ("prepare", "train", "sample", "evaluate")
+TYPED = tuple(sys.argv)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -28,9 +31,15 @@ def run(cfg: DictConfig) -> None:
     try:
         config = load_config(cfg, settings.overrides.task)
         out = Path(config.out_dir or settings.runtime.output_dir)
-        for stage in ORDER if config.stage == "all" else (config.stage,):
-            poll()
-            importlib.import_module(f"modeling.stages.{stage}").run(config, out)
+        count = launch.check_processes(config, settings.mode == RunMode.MULTIRUN)
+        if launch.must_launch(config):
+            raise SystemExit(launch.launch(count, out, TYPED))
+        with launch.joined(config, out) as out:
+            for stage in ORDER if config.stage == "all" else (config.stage,):
+                poll()
+                if launch.rank() == 0 or stage in launch.TOGETHER:
+                    importlib.import_module(f"modeling.stages.{stage}").run(config, out)
+                launch.wait_for_all()  # what the first process has written is there for the next stage
     except Exception as error:  # here, since Hydra adds a line to what leaves this function
         _end(error, stage)
 
@@ -39,6 +48,7 @@ def main() -> None:
     """Runs the command line; what a user can put right is one line, without a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
     logging.raiseExceptions = False  # a log file on a full disk must not hide what went wrong
+    sys.argv += launch.overrides()
     try:
         with stop_requests():
             run()
@@ -49,8 +59,10 @@ def main() -> None:
 def _end(error: Exception, stage: str) -> None:
     """Ends the process with one line, or passes on what is a bug."""
     code = error.exit_code if isinstance(error, UserError) else 1
+    if not launch.may_tell(error):
+        raise SystemExit(code)
     if isinstance(error, Stopped):
-        line: str | None = f"{error}; to go on: {command_again()}"
+        line: str | None = f"{error}; to go on: {command_again(TYPED)}"
     elif isinstance(error, HydraException | OmegaConfBaseException):
         line, code = f"error: {error}", ConfigError.exit_code
     else:

@@ -189,6 +189,9 @@ def _check_optimizer(o: OptimizerConfig) -> None:
 def _check_trainer(t: TrainerConfig, num_timesteps: int) -> None:
     positive = ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_images", "sample_every")
     _positive("trainer", t, *positive, "sample_images", "checkpoint_every")
+    _positive("trainer", t, "nproc")
+    size = t.micro_batch_size
+    _require(size is None or size > 0, "trainer.micro_batch_size", size, "must be at least 1, or null for the batch")
     _require(0 <= t.ema_decay < 1, "trainer.ema_decay", t.ema_decay, "must lie in [0, 1)")
     _require(0 <= t.label_dropout < 1, "trainer.label_dropout", t.label_dropout, "must lie in [0, 1)")
     _one_of("trainer.timestep_sampling", t.timestep_sampling, "uniform", "stratified")

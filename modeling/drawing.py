@@ -7,6 +7,7 @@ from torch import Tensor
 
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
+from modeling.distributed import sharded
 from modeling.guidance import Guided
 from modeling.images import image_grid, to_uint8
 from modeling.sampling import (
@@ -30,6 +31,8 @@ def draw_samples(
 ) -> Tensor:
     """Samples number `indices`, each a function of (sampler.seed, its index) alone, whatever the batch size.
 
+    Several processes draw a share each, and all of them must call this.
+
     Args:
         model: in eval mode, on the device.
         sampler: which sampler, its steps (NFE, 1 to T) and its options.
@@ -39,13 +42,24 @@ def draw_samples(
         label: of all samples of a class-conditional model; None: sample k is of class k modulo their number.
 
     Returns:
-        uint8 [N, C, H, W] on the CPU.
+        uint8 [N, C, H, W] on the CPU, in every process.
 
     Raises:
         ValueError: more steps than the model has.
     """
+    return sharded(len(indices), lambda mine: _draw(model, sampler, [indices[k] for k in mine], shape, compute, label))
+
+
+def _draw(
+    model: DiffusionModel,
+    sampler: SamplerConfig,
+    indices: Sequence[int],
+    shape: Sequence[int],
+    compute: Compute,
+    label: int | None,
+) -> Tensor:
     timesteps = timestep_subsequence(model.schedule.num_timesteps, sampler.steps)
-    images = []
+    images = [torch.empty(0, *shape, dtype=torch.uint8)]
     for start in range(0, len(indices), sampler.batch_size):
         batch = indices[start : start + sampler.batch_size]
         noise = SampleNoise(sampler.seed, batch, shape, compute.device)

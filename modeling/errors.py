@@ -13,6 +13,12 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class Lost(UserError):
+    """Another process of the same job has ended or cannot be reached; its own line says more, if it had the time."""
+
+    exit_code = 69  # the launcher makes it a 1; it tells the victims from the culprit
+
+
 class Stopped(UserError):
     """A signal asked for a stop and all work is saved; the same command goes on."""
 

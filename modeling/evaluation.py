@@ -15,6 +15,7 @@ from torch import Tensor
 from modeling.data import LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
+from modeling.distributed import sharded
 from modeling.held_out import SEED, held_out_losses, model_inputs
 from modeling.sampling import SampleNoise
 from modeling.signals import poll
@@ -46,7 +47,7 @@ def strata(num_timesteps: int, count: int | None) -> list[tuple[int, int]]:
 def bits_per_dim(
     model: DiffusionModel, data: LabelledImages, batch_size: int, timesteps: int | None, compute: Compute
 ) -> dict[str, Any]:
-    """The variational bound in bits a dimension, and its parts.
+    """The variational bound in bits a dimension, and its parts. As held_out_losses, for all processes to call.
 
     Args:
         model: in eval mode, on the device.
@@ -58,25 +59,13 @@ def bits_per_dim(
     Returns:
         bits_per_dim and its standard error over the images; prior, middle and decoder, which add up to it.
     """
-    parts = []
-    for start in range(0, len(data.images), batch_size):
-        indices = range(start, min(start + batch_size, len(data.images)))
-        x_0, y = model_inputs(model, data, indices, compute)
-        noise = SampleNoise(SEED + 1, indices, x_0.shape[1:], compute.device)
-        generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
 
-        def term(t: Tensor, x_0: Tensor = x_0, y: Tensor | None = y, noise: SampleNoise = noise) -> Tensor:
-            poll()
-            with compute.autocast():
-                return model.bound_term(x_0, t.to(compute.device), noise(), y=y).double().cpu()
+    def work(mine: range) -> Tensor:
+        starts = range(mine.start, mine.stop, batch_size)
+        rows = [_bound_terms(model, data, range(k, min(k + batch_size, mine.stop)), timesteps, compute) for k in starts]
+        return torch.cat([torch.empty(0, 3, dtype=torch.float64), *rows])
 
-        decoder = term(torch.zeros(len(x_0), dtype=torch.int64))
-        middle = torch.zeros(len(x_0), dtype=torch.float64)
-        for first, end in strata(model.schedule.num_timesteps, timesteps):
-            t = torch.cat([torch.randint(first, end, (1,), generator=g) for g in generators])
-            middle += (end - first) * term(t)
-        parts.append(torch.stack([model.prior_term(x_0).double().cpu(), middle, decoder]))
-    table = torch.cat(parts, dim=1)  # [3, N]
+    table = sharded(len(data.images), work).T.contiguous()  # [3, N]
     total, n = table.sum(0), table.shape[1]
     prior, middle_mean, decoder_mean = table.mean(1).tolist()
     return {
@@ -86,3 +75,24 @@ def bits_per_dim(
         "bits_per_dim_images": n,
         "bits_per_dim_timesteps": timesteps or model.schedule.num_timesteps,
     }
+
+
+def _bound_terms(
+    model: DiffusionModel, data: LabelledImages, indices: range, timesteps: int | None, compute: Compute
+) -> Tensor:
+    """Prior, middle and decoder of images `indices`, float64 [N, 3] on the CPU, in bits a dimension."""
+    x_0, y = model_inputs(model, data, indices, compute)
+    noise = SampleNoise(SEED + 1, indices, x_0.shape[1:], compute.device)
+    generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
+
+    def term(t: Tensor) -> Tensor:
+        poll()
+        with compute.autocast():
+            return model.bound_term(x_0, t.to(compute.device), noise(), y=y).double().cpu()
+
+    decoder = term(torch.zeros(len(x_0), dtype=torch.int64))
+    middle = torch.zeros(len(x_0), dtype=torch.float64)
+    for first, end in strata(model.schedule.num_timesteps, timesteps):
+        t = torch.cat([torch.randint(first, end, (1,), generator=g) for g in generators])
+        middle += (end - first) * term(t)
+    return torch.stack([model.prior_term(x_0).double().cpu(), middle, decoder], dim=1)

@@ -4,7 +4,7 @@ import errno
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
 SMALLER = {
-    "train": "lower trainer.batch_size",
+    "train": "lower trainer.batch_size or trainer.micro_batch_size",
     "sample": "lower sampler.batch_size",
     "evaluate": "lower evaluation.batch_size and sampler.batch_size",
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from modeling.data import LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
+from modeling.distributed import sharded
 from modeling.images import to_model
 from modeling.sampling import SampleNoise
 from modeling.signals import poll
@@ -37,7 +38,7 @@ def model_inputs(
 def held_out_losses(
     model: DiffusionModel, data: LabelledImages, batch_size: int, compute: Compute
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each held-out image.
+    """The loss of each held-out image. Several processes take a share each, and all of them must call this.
 
     Args:
         model: in eval mode, on the device.
@@ -49,13 +50,17 @@ def held_out_losses(
         float32 [N], the losses, and int64 [N], the time steps, both on the CPU.
     """
     t = held_out_timesteps(len(data.images), model.schedule.num_timesteps)
-    losses = []
-    for start in range(0, len(data.images), batch_size):
-        poll()
-        indices = range(start, min(start + batch_size, len(data.images)))
-        x_0, y = model_inputs(model, data, indices, compute)
-        noise = SampleNoise(SEED, indices, x_0.shape[1:], "cpu")().to(compute.device)
-        with compute.autocast():
-            loss = model.simple_loss(x_0, t[start : indices.stop].to(compute.device), noise, y)
-        losses.append(loss.float().cpu())
-    return torch.cat(losses), t
+
+    def work(mine: range) -> Tensor:
+        losses = [torch.empty(0)]
+        for start in range(mine.start, mine.stop, batch_size):
+            poll()
+            indices = range(start, min(start + batch_size, mine.stop))
+            x_0, y = model_inputs(model, data, indices, compute)
+            noise = SampleNoise(SEED, indices, x_0.shape[1:], "cpu")().to(compute.device)
+            with compute.autocast():
+                loss = model.simple_loss(x_0, t[start : indices.stop].to(compute.device), noise, y)
+            losses.append(loss.float().cpu())
+        return torch.cat(losses)
+
+    return sharded(len(data.images), work), t

@@ -22,6 +22,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from modeling.distributed import from_first, is_first, sharded
 from modeling.errors import UserError
 from modeling.files import replacing
 from modeling.signals import poll
@@ -29,6 +30,7 @@ from modeling.signals import poll
 log = logging.getLogger(__name__)
 MIN_SAMPLES = 10_000
 KID_SUBSET = 1000
+FEATURES = (2048, 1008)  # of the pool and of the logits
 NEIGHBOURS = 3  # of precision and recall
 
 
@@ -71,24 +73,40 @@ class Inception:
     def features(self, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Pool features [N, 2048] and unbiased logits [N, 1008], float32 on the CPU.
 
+        Several processes share each batch out, and all of them must call this.
+
         Args:
             images: batches of uint8 [B, C, H, W]; C = 3, or 1, which is repeated.
         """
+
+        def run(batch: Tensor) -> Tensor:
+            poll()
+            if not len(batch):
+                return torch.empty(0, sum(FEATURES))
+            rgb = batch.to(self.device).expand(-1, 3, -1, -1)
+            return torch.cat([part.float().cpu() for part in self.network(rgb)], dim=1)
+
         parts = []
         for batch in images:
-            poll()
-            rgb = batch.to(self.device).expand(-1, 3, -1, -1)
-            parts.append([part.float().cpu() for part in self.network(rgb)])
-        pool, logits = (torch.cat(column) for column in zip(*parts, strict=True))
-        return pool, logits
+            parts.append(sharded(len(batch), lambda mine, batch=batch: run(batch[mine.start : mine.stop])))
+        pool, logits = torch.cat(parts).split(FEATURES, dim=1)
+        return pool.contiguous(), logits.contiguous()
 
 
 def download(sha256: str) -> Path:
-    """The published weights in PyTorch's cache folder.
+    """The published weights in PyTorch's cache folder; of several processes, the first fetches them.
 
     Raises:
-        Unavailable: they are not there and cannot be downloaded.
+        Unavailable: in all processes, if they are not there and cannot be downloaded.
     """
+    path, reason = from_first(lambda: _download(sha256))
+    if reason:
+        raise Unavailable(reason)
+    return Path(path)
+
+
+def _download(sha256: str) -> tuple[str, str]:
+    """The file, or why there is none."""
     path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
     if not path.exists():
         try:
@@ -96,35 +114,43 @@ def download(sha256: str) -> Path:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise Unavailable(
+            return "", (
                 f"the Inception weights could not be downloaded ({reason}): put {path.name} of torch-fidelity into "
                 f"{path.parent}, or name the file: evaluation.inception_weights=<file>"
-            ) from None
-    return path
+            )
+    return str(path), ""
 
 
 def reference_features(inception: Inception, images: Tensor, data_sha256: str, folder: Path, batch_size: int) -> Tensor:
     """Pool features of the training images [N, 2048], from `folder` or computed and kept there.
+
+    All processes must call this; those but the first may get none.
 
     Raises:
         UserError: the folder cannot be written.
     """
     key = hashlib.sha256(f"{data_sha256} train {inception.sha256}".encode()).hexdigest()[:16]
     path = folder / f"{key}.npy"
-    if path.exists():
+    known = torch.empty(0)
+    if is_first() and path.exists():
         try:
-            return torch.from_numpy(np.load(path))
+            known = torch.from_numpy(np.load(path))
         except (OSError, ValueError, EOFError) as error:
             log.warning("%s is damaged (%s): computing it again", path, error)
+    if from_first(lambda: len(known) > 0):
+        return known
     log.info("features of %d training images, once: %s", len(images), path)
     pool, _ = inception.features(torch.split(images, batch_size))
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.save(file, pool.numpy())
+    if is_first():
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, pool.numpy())
     return pool
 
 
 def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
     """Samples 0 to count - 1 in shards, uint8 [B, C, H, W]: read from `folder`, or drawn and kept there.
+
+    All processes must call this, and go through it together.
 
     Args:
         folder: one for each (weights, sampler): nothing in it is checked against them.
@@ -138,13 +164,20 @@ def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], T
     for start in range(0, count, shard):
         indices = range(start, min(start + shard, count))
         path = folder / f"{indices.start:07}-{indices.stop:07}.npy"
-        try:
-            images = torch.from_numpy(np.load(path))
-        except (OSError, ValueError, EOFError):
+        images = from_first(lambda path=path: _read(path))
+        if images is None:
             images = draw(indices)
-            with replacing(path) as partial, partial.open("wb") as file:
-                np.save(file, images.numpy())
+            if is_first():
+                with replacing(path) as partial, partial.open("wb") as file:
+                    np.save(file, images.numpy())
         yield images
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        return torch.from_numpy(np.load(path))
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:

@@ -104,6 +104,8 @@ class TrainerConfig:
     sample_steps: int
     checkpoint_every: int
     resume: str = "auto"
+    micro_batch_size: int | None = None
+    nproc: int = 1
 
 
 @dataclass

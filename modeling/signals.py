@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,6 +16,7 @@ from modeling.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _requested = False
+_asked_elsewhere: Callable[[], bool] | None = None
 
 
 def stop_requested() -> bool:
@@ -25,8 +26,19 @@ def stop_requested() -> bool:
 
 def poll() -> None:
     """Raises Stopped if a signal asked for it: called in every loop that may take seconds."""
-    if _requested:
+    if _requested or (_asked_elsewhere is not None and _asked_elsewhere()):
         raise Stopped("stopped")
+
+
+@contextmanager
+def also_ask(elsewhere: Callable[[], bool]) -> Iterator[None]:
+    """Within the context, `poll` heeds requests to other processes too."""
+    global _asked_elsewhere
+    _asked_elsewhere = elsewhere
+    try:
+        yield
+    finally:
+        _asked_elsewhere = None
 
 
 @contextmanager
@@ -49,8 +61,15 @@ def stop_requests() -> Iterator[None]:
             signal.signal(number, previous)
 
 
-def command_again() -> str:
-    """The command that goes on, for people: what was typed, or DVC's if DVC runs this process."""
+def command_again(typed: Sequence[str] | None = None) -> str:
+    """The command that goes on, for people.
+
+    Args:
+        typed: a Python file and its arguments, unless they are still in sys.argv. Whoever has not started it himself
+            has typed something else, which DVC or torchrun knows.
+    """
     if "DVC_STAGE" in os.environ:
         return "the same dvc command"
-    return shlex.join(["python", *sys.argv])
+    if "MASTER_ADDR" in os.environ:
+        return "the same torchrun command"
+    return shlex.join(["python", *(typed or sys.argv)])

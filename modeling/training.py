@@ -4,6 +4,9 @@ Randomness is a function of (seed, step), so a run that was stopped anywhere goe
 device until they are logged. Whatever is due at step k (`_report`) happens after the checkpoint of step k is written
 and happens again on a resume from it, so nothing is lost or doubled. Knows nothing of Hydra, DVC or W&B: a Reporter
 hears what happens.
+
+Of several processes, each trains on its share of every batch, and all of them take the same step: gradients are summed,
+so weights, EMA and optimizer are the same in each. The first alone writes and reports.
 """
 
 import math
@@ -20,6 +23,7 @@ from modeling.checkpoint import Damaged, checkpoints, read_checkpoint, restore_n
 from modeling.data import BatchSource, LabelledImages, step_seed
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
+from modeling.distributed import any_process, check_same, from_first, is_first, share, sum_over_processes
 from modeling.drawing import draw_samples
 from modeling.ema import EMA
 from modeling.errors import ConfigError, Stopped, UserError
@@ -48,6 +52,22 @@ class Reporter(Protocol):
 
     def sampled(self, step: int, images: Tensor) -> None:
         """uint8 [N, C, H, W], drawn with the EMA weights from fixed noise."""
+
+
+class Silent:
+    """The Reporter of all processes but the first."""
+
+    def started(self, step: int) -> None:
+        """See Reporter."""
+
+    def stepped(self, step: int) -> None:
+        """See Reporter."""
+
+    def logged(self, step: int, row: dict[str, float], seconds: float) -> None:
+        """See Reporter."""
+
+    def sampled(self, step: int, images: Tensor) -> None:
+        """See Reporter."""
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -84,8 +104,8 @@ class Trainer:
         train: what to train on.
         test: for the held-out loss.
         compute: where, and in which precision.
-        folder: of the rolling checkpoints; a checkpoint in it is resumed.
-        reporter: hears what happens.
+        folder: of the rolling checkpoints; a checkpoint in it is resumed. The first process's: the others need none.
+        reporter: hears what happens; Silent in all processes but the first.
         about: written into every checkpoint beside the state: whose it is.
         start: a checkpoint to start from if the folder has none.
     """
@@ -125,6 +145,10 @@ class Trainer:
         # Sums of loss and gradient norm since the last log, and their number.
         self.sums = torch.zeros(3, dtype=torch.float64, device=compute.device)
         self.watch = Watch()
+        # What of the batch goes through the network at a time.
+        mine = share(config.batch_size)
+        size = config.micro_batch_size or len(mine)
+        self.parts = [slice(start, min(start + size, mine.stop)) for start in range(mine.start, mine.stop, size)]
         self.last_row: dict[str, float] = {}
 
     def run(self) -> dict[str, float]:
@@ -134,18 +158,18 @@ class Trainer:
             Stopped: asked to; a checkpoint of the last step is saved.
             UserError: the loss is not finite, or no checkpoint can be written, or none of those that are there be read.
         """
-        if not restore_newest(self.folder, self._restore) and self.start is not None:
-            self._start_from(self.start)
+        self._take_up()
         saved = self.step
         self.reporter.started(self.step)
         since = time.perf_counter()
         while True:
             last = self.step == self.config.steps
-            if self.step != saved and (last or stop_requested() or self.step % self.config.checkpoint_every == 0):
+            stop = any_process(stop_requested())
+            if self.step != saved and (last or stop or self.step % self.config.checkpoint_every == 0):
                 since = self._lap(since, self.parameters + self.ema.shadow)
                 self._save()
                 saved = self.step
-            if stop_requested() and not last:
+            if stop and not last:
                 raise self._stopped()
             if self.step and self._due():
                 since = self._lap(since)
@@ -185,18 +209,29 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self._batch(step)
-        torch.manual_seed(step_seed(self.seed, "dropout", step))
         self.model.train()
-        with self.compute.autocast():
-            loss = self.model(*batch).mean()
         self.optimizer.zero_grad()
-        loss.backward()
+        losses = [self._pass(batch, part) for part in self.parts]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        sum_over_processes([loss, *(p.grad for p in self.parameters if p.grad is not None)])
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimizer_config.grad_clip or math.inf)
         self.optimizer.step()
         self.ema.update()
-        values = torch.stack([loss.detach(), norm, torch.ones_like(norm)])
+        values = torch.stack([loss, norm, torch.ones_like(norm)])
         self.sums += values
         self.watch.add(values)
+
+    def _pass(self, batch: Sequence[Tensor | None], part: slice) -> Tensor:
+        """What a part of the batch adds to the step's loss; its gradient is added to the parameters'."""
+        # A name for each start, so that no two parts of a step drop the same; the first is that of the whole batch.
+        stream = f"dropout {part.start}" if part.start else "dropout"
+        torch.manual_seed(step_seed(self.seed, stream, self.step))
+        with self.compute.autocast():
+            losses: Tensor = self.model(*(None if value is None else value[part] for value in batch))
+        loss = losses.mean() * ((part.stop - part.start) / self.config.batch_size)
+        loss.backward()
+        detached: Tensor = loss.detach()
+        return detached
 
     def _labels(self, step: int) -> Tensor:
         """int64 [B], on the device; a share of them replaced by "none", for classifier-free guidance."""
@@ -218,12 +253,13 @@ class Trainer:
         """The error to raise for a bad step; its batch is kept in the folder."""
         x_0, t, noise, y = self._batch(bad.step - 1)
         rate = learning_rate(self.optimizer_config, bad.step - 1, self.config.steps)
-        path = self.folder / f"bad-step-{bad.step:09}.pt"
+        path = Path(from_first(lambda: str(self.folder / f"bad-step-{bad.step:09}.pt")))
         batch = {"x_0": x_0.cpu(), "t": t.cpu(), "noise": noise.cpu(), "y": None if y is None else y.cpu()}
         batch["indices"] = self.batches.indices(bad.step - 1)
-        with suppress(UserError), replacing(path) as partial:  # a full disk must not hide the reason
-            torch.save({"step": bad.step, "lr": rate, "losses": bad.losses, **batch}, partial)
-        good = checkpoints(self.folder)
+        if is_first():
+            with suppress(UserError), replacing(path) as partial:  # a full disk must not hide the reason
+                torch.save({"step": bad.step, "lr": rate, "losses": bad.losses, **batch}, partial)
+        good = from_first(lambda: [str(p) for p in checkpoints(self.folder)])
         advice = "lower optimizer.lr, raise optimizer.warmup_steps, set optimizer.grad_clip=1.0 or precision=fp32"
         if good:
             advice += f", from the last good checkpoint with trainer.resume={good[-1]}"
@@ -259,7 +295,12 @@ class Trainer:
             self.reporter.sampled(step, images)
 
     def _save(self) -> None:
-        state = {
+        check_same(self.parameters + self.ema.shadow, f"the weights after step {self.step}")
+        if is_first():
+            save_checkpoint(self.folder, self.step, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "about": self.about,
             "step": self.step,
             "images": self.step * self.config.batch_size,
@@ -269,7 +310,14 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        save_checkpoint(self.folder, self.step, state)
+
+    def _take_up(self) -> None:
+        """Restores a checkpoint if there is one. All processes go on from what the first has found."""
+        if is_first() and not restore_newest(self.folder, self._restore) and self.start is not None:
+            self._start_from(self.start)
+        state = from_first(self._state)
+        if not is_first():
+            self._restore(state)
 
     def _start_from(self, path: Path) -> None:
         try:

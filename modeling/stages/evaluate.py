@@ -11,6 +11,7 @@ from torch import Tensor
 from modeling.data import LabelledImages, load_split, read_prepared
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
+from modeling.distributed import is_first
 from modeling.drawing import sample_grid
 from modeling.errors import ConfigError
 from modeling.evaluation import bits_per_dim, held_out_report
@@ -44,17 +45,20 @@ def run(config: Config, out: Path) -> None:
             f"data={data.name}: its images are {prepared['shape']}, those of the model {meta['image_shape']}"
         )
     target = out / "reports"
-    make_writable(target)
+    if is_first():
+        make_writable(target)
     model = compute.place_model(model)
     train, test = load_split(source, "train"), load_split(source, "test")
     report = _likelihood(config, model, test, compute)
     images = asked_samples(model, meta, config, range(config.sampler.num_samples), compute)
+    report["quality"] = _quality(config, model, meta, prepared, train.images, compute)
+    if not is_first():
+        return
     grid = sample_grid(images, model.num_classes)
     save_png(target / "samples.png", grid)
     near, nearest = _nearest(images, train, test, meta)
     save_png(target / "nearest.png", nearest)
     report |= near
-    report["quality"] = _quality(config, model, meta, prepared, train.images, compute)
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
     folder = state_root() / "runs" / meta["run"]
     tracker = Tracker(config.wandb, meta["config"], read_notes(folder)["wandb_id"], None, state_root())
@@ -130,7 +134,7 @@ def _quality(
     )
     pool, logits = inception.features(samples)
     reference = reference_features(inception, train, prepared["sha256"]["train"], root / "reference", e.batch_size)
-    metrics = quality_metrics(pool, logits, reference)
+    metrics = quality_metrics(pool, logits, reference) if is_first() else {}
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     made = {"num_samples": e.fid_samples, "reference": f"{prepared['num_train']} training images, not flipped"}
     return metrics | made | facts | {"inception_sha256": inception.sha256}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
+from modeling.distributed import is_first
 from modeling.drawing import draw_samples, sample_grid
 from modeling.errors import ConfigError
 from modeling.files import make_writable
@@ -79,8 +80,11 @@ def run(config: Config, out: Path) -> None:
     compute = choose_compute(config.device, config.precision)
     model, meta, _ = trained_model(config, out)
     folder = out / "samples"
-    make_writable(folder)
+    if is_first():
+        make_writable(folder)
     images = asked_samples(compute.place_model(model), meta, config, range(config.sampler.num_samples), compute)
+    if not is_first():
+        return
     for k, image in enumerate(images):
         save_png(folder / f"{k:05}.png", image.permute(1, 2, 0))
     save_png(out / "samples.png", sample_grid(images, model.num_classes if config.sampler.label is None else 0))

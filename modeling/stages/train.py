@@ -17,6 +17,7 @@ from modeling.checkpoint import save_model
 from modeling.data import BatchSource, load_split, read_prepared
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
+from modeling.distributed import is_first, world_size
 from modeling.errors import ConfigError, Stopped
 from modeling.files import make_writable, write_atomic
 from modeling.images import to_uint8
@@ -28,7 +29,7 @@ from modeling.settings import Config
 from modeling.signals import poll
 from modeling.stages.prepare import ensure_prepared
 from modeling.tracking import Tracker
-from modeling.training import Trainer
+from modeling.training import Reporter, Silent, Trainer
 
 log = logging.getLogger(__name__)
 EXAMPLES = 64  # real inputs shown in W&B
@@ -49,6 +50,9 @@ def run(config: Config, out: Path) -> None:
     meta = read_prepared(source)
     model = build_model(config.model, config.diffusion, meta["shape"], len(meta["classes"]), config.seed)
     model = compute.place_model(model)
+    if not is_first():
+        _trainer(config, model, compute, source, Path(), Silent()).run()
+        return
     training_run = Run(config, meta["sha256"])
     for needed in (out / "models", out / "reports"):
         make_writable(needed)
@@ -67,13 +71,14 @@ def _train(
     source: Path,
 ) -> None:
     folder, meta = training_run.folder, read_prepared(source)
-    train, test = load_split(source, "train"), load_split(source, "test")
     resolved = {key: value for key, value in dataclasses.asdict(config).items() if key != "named"}
     write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
     display_name = os.environ.get("DVC_EXP_NAME") or f"{config.data.name}-{config.model.name}-{training_run.name[:6]}"
     tracker = Tracker(config.wandb, resolved, notes["wandb_id"], display_name, state_root())
     progress = Progress(config.trainer.steps, config.trainer.batch_size, compute.device)
-    shown = BatchSource(train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
+    shown = BatchSource(
+        load_split(source, "train"), min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip
+    )
     reports = Reports(folder, notes, progress, tracker, to_uint8(shown.batch(0)), model.num_classes)
     _announce(config, compute, model, meta, folder)
     tracker.artifact("config", "config", folder / "config.yaml")
@@ -85,20 +90,8 @@ def _train(
         "run": folder.name,
         "steps": config.trainer.steps,
     }
-    trainer = Trainer(
-        model,
-        build_optimizer(config.optimizer, model.parameters()),
-        config.optimizer,
-        config.trainer,
-        config.seed,
-        train,
-        test,
-        compute,
-        folder,
-        reports,
-        about | {"wandb_id": notes["wandb_id"]},
-        training_run.start,
-    )
+    about_checkpoint = about | {"wandb_id": notes["wandb_id"]}
+    trainer = _trainer(config, model, compute, source, folder, reports, about_checkpoint, training_run.start)
     exit_code = 1
     try:
         trainer.run()
@@ -115,10 +108,37 @@ def _train(
     log.info("model: %s; curves and samples: %s", out / "models" / "model.safetensors", out / "reports")
 
 
+def _trainer(
+    config: Config,
+    model: DiffusionModel,
+    compute: Compute,
+    source: Path,
+    folder: Path,
+    reporter: Reporter,
+    about: dict[str, Any] | None = None,
+    start: Path | None = None,
+) -> Trainer:
+    return Trainer(
+        model,
+        build_optimizer(config.optimizer, model.parameters()),
+        config.optimizer,
+        config.trainer,
+        config.seed,
+        load_split(source, "train"),
+        load_split(source, "test"),
+        compute,
+        folder,
+        reporter,
+        about,
+        start,
+    )
+
+
 def _announce(config: Config, compute: Compute, model: Any, meta: dict[str, Any], folder: Path) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     t = config.trainer
-    log.info("device: %s; model: %s, %s parameters", compute.describe(), config.model.name, f"{parameters:,}")
+    device = compute.describe() if world_size() == 1 else f"{world_size()} processes, each {compute.describe()}"
+    log.info("device: %s; model: %s, %s parameters", device, config.model.name, f"{parameters:,}")
     log.info(
         "data: %s, %s training images; %s steps of %d images; state in %s",
         config.data.name,
