@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
         out = Path(config.out_dir or settings.runtime.output_dir)
         count = launch.check_processes(config, settings.mode == RunMode.MULTIRUN)
         if launch.must_launch(config):
-            raise SystemExit(launch.launch(count, out, TYPED))
+            raise SystemExit(launch.launch(count, settings.runtime.output_dir, TYPED))
         with launch.joined(config, out) as out:
             for stage in ORDER if config.stage == "all" else (config.stage,):
                 poll()

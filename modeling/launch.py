@@ -70,7 +70,7 @@ def must_launch(config: Config) -> bool:
     return config.trainer.nproc > 1 and world_size() == 1 and config.stage in ("all", *TOGETHER)
 
 
-def launch(count: int, run_dir: Path, command: Sequence[str]) -> int:
+def launch(count: int, run_dir: str, command: Sequence[str]) -> int:
     """Runs `count` processes of this command line to their end, and returns the exit code of the whole.
 
     A request to stop is passed on; the failure of one ends the others, at the latest after GRACE seconds.
@@ -87,7 +87,7 @@ def launch(count: int, run_dir: Path, command: Sequence[str]) -> int:
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             JOB: folder,
-            RUN_DIR: str(run_dir.absolute()),
+            RUN_DIR: run_dir,
         }
         workers: list[subprocess.Popen[bytes]] = []
         try:

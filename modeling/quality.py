@@ -11,6 +11,7 @@ import logging
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +80,15 @@ class Inception:
             images: batches of uint8 [B, C, H, W]; C = 3, or 1, which is repeated.
         """
 
-        def run(batch: Tensor) -> Tensor:
+        def run(batch: Tensor, mine: range) -> Tensor:
             poll()
-            if not len(batch):
+            if not mine:
                 return torch.empty(0, sum(FEATURES))
-            rgb = batch.to(self.device).expand(-1, 3, -1, -1)
+            rgb = batch[mine.start : mine.stop].to(self.device).expand(-1, 3, -1, -1)
             return torch.cat([part.float().cpu() for part in self.network(rgb)], dim=1)
 
-        parts = []
-        for batch in images:
-            parts.append(sharded(len(batch), lambda mine, batch=batch: run(batch[mine.start : mine.stop])))
-        pool, logits = torch.cat(parts).split(FEATURES, dim=1)
+        parts = [sharded(len(batch), partial(run, batch)) for batch in images]
+        pool, logits = torch.split(torch.cat(parts), FEATURES, dim=1)
         return pool.contiguous(), logits.contiguous()
 
 
@@ -142,7 +141,7 @@ def reference_features(inception: Inception, images: Tensor, data_sha256: str, f
     log.info("features of %d training images, once: %s", len(images), path)
     pool, _ = inception.features(torch.split(images, batch_size))
     if is_first():
-        with replacing(path) as partial, partial.open("wb") as file:
+        with replacing(path) as beside, beside.open("wb") as file:
             np.save(file, pool.numpy())
     return pool
 
@@ -164,11 +163,11 @@ def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], T
     for start in range(0, count, shard):
         indices = range(start, min(start + shard, count))
         path = folder / f"{indices.start:07}-{indices.stop:07}.npy"
-        images = from_first(lambda path=path: _read(path))
+        images = from_first(partial(_read, path))
         if images is None:
             images = draw(indices)
             if is_first():
-                with replacing(path) as partial, partial.open("wb") as file:
+                with replacing(path) as beside, beside.open("wb") as file:
                     np.save(file, images.numpy())
         yield images
 
