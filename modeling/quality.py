@@ -31,7 +31,7 @@ from modeling.signals import poll
 log = logging.getLogger(__name__)
 MIN_SAMPLES = 10_000
 KID_SUBSET = 1000
-FEATURES = (2048, 1008)  # of the pool and of the logits
+FEATURES = [2048, 1008]  # of the pool and of the logits
 NEIGHBOURS = 3  # of precision and recall
 
 

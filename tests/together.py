@@ -1,0 +1,108 @@
+"""What test_distributed.py runs in two processes: the functions of modeling/distributed.py, each on what can go wrong."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+from torch import nn
+
+from modeling import distributed as d
+from modeling.errors import Lost, Stopped, UserError
+from modeling.quality import Inception, kept_samples, reference_features
+from modeling.signals import poll, stop_requests
+
+
+def raises(kind, what):
+    try:
+        what()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def exchange(folder):
+    mine = d.rank()
+    assert d.world_size() == 2 and d.is_first() == (mine == 0)
+    assert [list(d.share(n)) for n in (5, 1)] == ([[0, 1], []], [[2, 3, 4], [0]])[mine]
+    assert d.any_process(mine == 1) and not d.any_process(False)
+    summed = [torch.full((2, 3), 1.0 + mine), torch.tensor(10.0 * mine)]
+    d.sum_over_processes(summed)
+    assert torch.equal(summed[0], torch.full((2, 3), 3.0)) and summed[1] == 10
+    sent = d.from_first(lambda: {"rank": mine, "t": torch.arange(3), "none": None})
+    assert sent["rank"] == 0 and torch.equal(sent["t"], torch.arange(3)) and sent["none"] is None
+    for n in (7, 2, 1):  # of a single row, one process makes none
+        table = d.sharded(n, lambda rows: torch.arange(rows.start, rows.stop)[:, None] ** 2)
+        assert table.flatten().tolist() == [k**2 for k in range(n)]
+    d.check_same([torch.ones(3), torch.zeros(2)], "ones")
+    told = raises(UserError, lambda: d.check_same([torch.ones(3), torch.tensor([float(mine)])], "these"))
+    assert told.startswith("these differ between the processes")
+
+
+def quality(folder):
+    inception = Inception.__new__(Inception)
+    inception.device, inception.sha256 = torch.device("cpu"), "x"
+    weights = torch.randn(3, 3056, generator=torch.Generator().manual_seed(0))
+
+    class Network(nn.Module):
+        def forward(self, rgb):
+            return (rgb.float().mean((2, 3)) @ weights).split([2048, 1008], dim=1)
+
+    inception.network = Network()
+    images = torch.randint(0, 256, (9, 3, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    drawn = []
+
+    def draw(indices):
+        drawn.append(indices)
+        return images[indices.start : indices.stop]
+
+    for times in (5, 5):  # the second time they are read; 4 of 9 images: a last batch of one
+        found = list(kept_samples(folder / "kept", 9, 2, draw))
+        assert torch.equal(torch.cat(found), images) and len(drawn) == times
+    pool, logits = inception.features(found)
+    alone = torch.cat([part for part in inception.network(images)], dim=1)
+    assert torch.allclose(torch.cat([pool, logits], dim=1), alone, rtol=1e-5)
+    first, again = (reference_features(inception, images, "data", folder, 4) for _ in range(2))
+    assert torch.equal(first, pool) or torch.allclose(first, pool)
+    assert len(again) == (9 if d.is_first() else 0)
+
+
+def stop_elsewhere(folder):
+    """A request to the second process stops the first too, in the middle of its rows."""
+
+    def work(rows):
+        if d.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(600):
+            poll()
+            time.sleep(0.05)
+        raise AssertionError("nobody stopped this")
+
+    with stop_requests():
+        raises(Stopped, lambda: d.sharded(4, work))
+        assert d.any_process(d.stop_requested_here()) if hasattr(d, "stop_requested_here") else True
+
+
+def lose(folder):
+    """The second process dies; the first one notices at once, and only one of those who are left tells."""
+    assert sum(d.from_first(lambda: [int(d.is_first_to_tell())])) == 1
+    d.barrier()
+    assert not d.is_first_to_tell()
+    if d.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    since = time.monotonic()
+    assert "has ended or cannot be reached" in raises(Lost, d.barrier)
+    assert time.monotonic() - since < 10
+
+
+if __name__ == "__main__":
+    import pathlib
+
+    folder = pathlib.Path(os.environ["MODELING_JOB"])
+    raised = None
+    assert d.is_first_to_tell() == (os.environ["LOCAL_RANK"] == "0")
+    with d.group("cpu", str(folder)):
+        for name in sys.argv[1:]:
+            globals()[name](folder)
+    print("good")
