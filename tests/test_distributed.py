@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from test_pipeline import ROOT, SMALL, environment
 from test_training import MODEL, Recorder, make, weights
 
@@ -87,8 +88,6 @@ def check_equal(one, other):
 
 
 def _pixels(path):
-    from PIL import Image
-
     return Image.open(path).tobytes()
 
 
@@ -313,7 +312,7 @@ def test_torchrun_and_nproc_must_agree(monkeypatch):
     assert launch.must_launch(config(nproc=2)) and not launch.must_launch(config(nproc=2, stage="prepare"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch.check_processes(config(), False) == 2 and not launch.must_launch(config(nproc=2))
-    with pytest.raises(ConfigError, match="trainer.nproc=4: torchrun has started 2 processes"):
+    with pytest.raises(ConfigError, match=r"trainer\.nproc=4: torchrun has started 2 processes"):
         launch.check_processes(config(nproc=4), False)
 
 
@@ -342,7 +341,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with (
-        pytest.raises(ConfigError, match="trainer.nproc=2: this machine has 1 CUDA devices"),
+        pytest.raises(ConfigError, match=r"trainer\.nproc=2: this machine has 1 CUDA devices"),
         distributed.group("auto", None),
     ):
         pass

@@ -1,9 +1,10 @@
-"""What test_distributed.py runs in two processes: the functions of modeling/distributed.py, each on what can go wrong."""
+"""Run by test_distributed.py in two processes: the functions of modeling/distributed.py, and what goes wrong there."""
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -81,7 +82,6 @@ def stop_elsewhere(folder):
 
     with stop_requests():
         raises(Stopped, lambda: d.sharded(4, work))
-        assert d.any_process(d.stop_requested_here()) if hasattr(d, "stop_requested_here") else True
 
 
 def lose(folder):
@@ -97,10 +97,7 @@ def lose(folder):
 
 
 if __name__ == "__main__":
-    import pathlib
-
-    folder = pathlib.Path(os.environ["MODELING_JOB"])
-    raised = None
+    folder = Path(os.environ["MODELING_JOB"])
     assert d.is_first_to_tell() == (os.environ["LOCAL_RANK"] == "0")
     with d.group("cpu", str(folder)):
         for name in sys.argv[1:]:
