@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.project import ROOT, Silent, Task, configure, make_trainer
+from benchmarks.project import ROOT, Task, configure, make_trainer
 from modeling.data import LabelledImages, shapes
 from modeling.device import choose_compute
+from modeling.reporter import Silent
 
 RUNS = {
     "float32": ("precision=fp32", "seed=0"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Contestant
@@ -17,8 +16,9 @@ from modeling.config import load_config
 from modeling.data import LabelledImages, shapes
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
+from modeling.reporter import Reporter, Silent
 from modeling.settings import Config
-from modeling.training import Reporter, Trainer
+from modeling.training import Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,15 +59,6 @@ def make_task(overrides: Sequence[str], image_size: int = 32, num_images: int = 
     config = configure("data=shapes", f"precision={precision}", *overrides)
     (images, _), _, _ = shapes(num_images, 1, image_size, 0)
     return Task(config, images, choose_compute(config.device, config.precision))
-
-
-class Silent:
-    """A Reporter that keeps nothing."""
-
-    def started(self, step: int) -> None: ...
-    def stepped(self, step: int) -> None: ...
-    def logged(self, step: int, row: dict[str, float], seconds: float) -> None: ...
-    def sampled(self, step: int, images: Tensor) -> None: ...
 
 
 def make_trainer(

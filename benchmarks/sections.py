@@ -16,12 +16,12 @@ from benchmarks import peers, project
 from benchmarks.machine import matrix_product
 from benchmarks.measure import Contestant, rates, ratio, spread
 from benchmarks.project import ROOT, Task, make_task
-from modeling.data import BatchSource, LabelledImages
+from modeling.batches import BatchSource, draw_timesteps
+from modeling.data import LabelledImages
 from modeling.drawing import draw_samples
 from modeling.evaluation import bits_per_dim
 from modeling.held_out import held_out_losses
 from modeling.settings import CHOICES, SamplerConfig, TrainerConfig
-from modeling.training import draw_timesteps
 
 OURS = "this project"
 
@@ -92,7 +92,7 @@ def step(size: Size) -> dict[str, Any]:
     n, shape = size.batch, task.shape
 
     def batch() -> float:
-        trainer.batches.batch(1)
+        trainer.draws.batches.batch(1)
         return 1
 
     def noise() -> float:

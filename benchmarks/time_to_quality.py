@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.project import Silent, configure
+from benchmarks.project import configure
 from modeling.build import build_model, build_optimizer
 from modeling.data import LabelledImages, load_split, read_prepared
 from modeling.device import Compute, choose_compute
@@ -25,6 +25,7 @@ from modeling.errors import Stopped
 from modeling.evaluation import bits_per_dim
 from modeling.files import write_atomic
 from modeling.images import save_png
+from modeling.reporter import Silent
 from modeling.settings import Config
 from modeling.signals import stop_requests
 from modeling.stages.prepare import ensure_prepared

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from modeling.data import step_seed
+from modeling.batches import step_seed
 from modeling.diffusion import DiffusionModel
 from modeling.errors import ConfigError
 from modeling.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas

@@ -1,8 +1,8 @@
-"""Data: any image source becomes one folder of uint8 arrays, and training draws its batches from those.
+"""Data: any image source becomes one folder of uint8 arrays.
 
 A prepared folder holds train.npy and test.npy (uint8 [N, H, W, C]), train_labels.npy and test_labels.npy (int64 [N]),
-and data.json with counts, shape, class names and SHA-256 of each file. The order of the images and the flips of a step
-depend on (seed, step) alone. Test images never reach a BatchSource. No normalisation here: see images.py.
+and data.json with counts, shape, class names and SHA-256 of each file. What training draws from them: batches.py. No
+normalisation here: see images.py.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from modeling.errors import UserError
 from modeling.files import cannot_write
-from modeling.images import to_model
 from modeling.shapes import CLASSES, draw_shapes
 from modeling.signals import poll
 
@@ -196,59 +194,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def step_seed(seed: int, stream: str, step: int) -> int:
-    """A 63-bit seed for what happens in one step; streams of different names never meet."""
-    key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big")
-    words = np.random.SeedSequence([seed, key, step]).generate_state(2, np.uint32)
-    return (int(words[0]) << 31) ^ int(words[1])
-
-
-class BatchSource:
-    """Draws the training batches: every epoch is a permutation, and a batch may span two epochs.
-
-    Args:
-        data: the images on the device that trains, or memory-mapped; the labels on the CPU.
-        batch_size: global.
-        seed: of the order and the flips.
-        random_flip: mirror each image left to right with probability 1/2.
-    """
-
-    def __init__(self, data: LabelledImages, batch_size: int, seed: int, random_flip: bool) -> None:
-        self.images, self.all_labels = data
-        self.batch_size = batch_size
-        self.seed = seed
-        self.random_flip = random_flip
-        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
-
-    def _draw_permutation(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step_seed(self.seed, "order", epoch))
-        return torch.randperm(len(self.images), generator=generator)
-
-    def indices(self, step: int) -> Tensor:
-        """int64 [B]: which images step `step` (0-based) trains on."""
-        start, n = step * self.batch_size, len(self.images)
-        parts = []
-        position, end = start, start + self.batch_size
-        while position < end:
-            epoch, offset = divmod(position, n)
-            take = min(end - position, n - offset)
-            parts.append(self._permutation(epoch)[offset : offset + take])
-            position += take
-        return torch.cat(parts)
-
-    def labels(self, step: int) -> Tensor:
-        """int64 [B]: the labels of `batch(step)`, on the CPU."""
-        return self.all_labels[self.indices(step)]
-
-    def batch(self, step: int) -> Tensor:
-        """float32 [B, C, H, W] in [-1, 1], on the device of the images."""
-        images = self.images.index_select(0, self.indices(step).to(self.images.device))
-        if self.random_flip:
-            generator = torch.Generator().manual_seed(step_seed(self.seed, "flip", step))
-            flip = torch.rand(self.batch_size, generator=generator) < 0.5
-            # Each image from the batch or from the mirrored one behind it: faster as bytes than torch.where on floats.
-            source = torch.arange(self.batch_size) + self.batch_size * flip
-            images = torch.cat([images, images.flip(3)]).index_select(0, source.to(images.device))
-        return to_model(images.contiguous())

@@ -7,6 +7,7 @@ k, and takes its share. Tensors of the CPU travel by gloo, those of CUDA by NCCL
 
 import io
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from modeling.errors import ConfigError, Lost, Stopped, UserError
-from modeling.signals import also_ask
+from modeling.signals import also_ask, poll
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)  # for what one process does alone, such as a download; a dead process is noticed at once
@@ -77,9 +78,10 @@ def group(device: str, folder: str | None) -> Iterator[None]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0] if loopback else "")
     url = "env://" if folder is None else f"file://{folder}/store"
     with _lost_if_it_fails():
-        _store, index, size = next(
+        shared, index, size = next(
             rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT)
         )
+        _store = _own_part(shared, index, size)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=_store, rank=index, world_size=size, timeout=TIMEOUT)
     with also_ask(_others_asked()):
@@ -87,6 +89,43 @@ def group(device: str, folder: str | None) -> Iterator[None]:
     # Not after a failure: it would wait for what is gone.
     dist.destroy_process_group()
     _store = None
+
+
+def _own_part(store: Any, rank: int, size: int) -> Any:
+    """The part of a store that this start of the job alone uses.
+
+    After a restart, torchrun's store still holds what the processes before have written, and its count of restarts
+    differs from machine to machine (pytorch/pytorch#135712). So the first process names the part, and tells the name to
+    each of the others under a word that only a living one can know.
+    """
+    word = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"here/{rank}", word)
+        _wait_until(lambda: store.check([f"part/{word}"]))
+        name = store.get(f"part/{word}").decode()
+        store.set(f"{name}/joined/{rank}", "")
+        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    absent = set(range(1, size))
+
+    def all_joined() -> bool:
+        for k in [*absent]:
+            if store.check([f"{word}/joined/{k}"]):
+                absent.remove(k)
+            elif store.check([f"here/{k}"]):  # it may be the word of a dead process: then it will come again
+                store.set(f"part/{store.get(f'here/{k}').decode()}", word)
+        return not absent
+
+    _wait_until(all_joined)
+    return dist.PrefixStore(word, store)  # type: ignore[attr-defined]
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while not condition():
+        poll()
+        if time.monotonic() > end:
+            raise RuntimeError("the other processes do not come")
+        time.sleep(0.02)
 
 
 @contextmanager

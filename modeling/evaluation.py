@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.data import LabelledImages, step_seed
+from modeling.batches import step_seed
+from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.distributed import sharded

@@ -7,7 +7,8 @@ alone. The time steps are stratified: N images get N evenly spaced ones, in an o
 import torch
 from torch import Tensor
 
-from modeling.data import LabelledImages, step_seed
+from modeling.batches import step_seed
+from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.distributed import sharded

@@ -150,9 +150,9 @@ def joined(config: Config, out: Path) -> Iterator[Path]:
         ConfigError: more processes than devices.
         Lost: the others do not come.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.trainer.resume == "never":
-        config.trainer.resume = "auto"  # torchrun's restart goes on, or the work since the first start were lost
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if world_size() == 1:
+        _go_on(config, restarted)
         yield out
         return
     if rank() > 0:
@@ -162,7 +162,13 @@ def joined(config: Config, out: Path) -> Iterator[Path]:
     from modeling import distributed
 
     with distributed.group(config.device, os.environ.get(JOB)):
+        _go_on(config, distributed.any_process(restarted))  # torchrun counts failures, each machine its own
         yield Path(distributed.from_first(lambda: str(out)))
+
+
+def _go_on(config: Config, restarted: bool) -> None:
+    if restarted and config.trainer.resume == "never":
+        config.trainer.resume = "auto"  # or the work since the first start were lost
 
 
 def _stop_with_launcher() -> None:

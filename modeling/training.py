@@ -14,13 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modeling.batches import Draws, StepInputs, step_seed
 from modeling.checkpoint import Damaged, checkpoints, read_checkpoint, restore_newest, save_checkpoint
-from modeling.data import BatchSource, LabelledImages, step_seed
+from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.distributed import any_process, check_same, from_first, is_first, share, sum_over_processes
@@ -29,6 +30,7 @@ from modeling.ema import EMA
 from modeling.errors import ConfigError, Stopped, UserError
 from modeling.files import replacing
 from modeling.held_out import held_out_losses
+from modeling.reporter import Reporter
 from modeling.settings import DDIMConfig, OptimizerConfig, TrainerConfig
 from modeling.signals import stop_requested
 from modeling.watch import Bad, Watch
@@ -38,58 +40,12 @@ SAMPLING_BATCH = 64  # of the sample grids: neither changes a result
 LOOK_EVERY = 1000  # steps between looks for what is not finite, if nothing else looks before
 
 
-class Reporter(Protocol):
-    """Hears what happens in training; nothing that it does changes the result."""
-
-    def started(self, step: int) -> None:
-        """Training begins, or goes on, after `step` steps."""
-
-    def stepped(self, step: int) -> None:
-        """A step is done, on the host's side; the device may still compute."""
-
-    def logged(self, step: int, row: dict[str, float], seconds: float) -> None:
-        """Values of one step; `seconds`: time of all training steps so far."""
-
-    def sampled(self, step: int, images: Tensor) -> None:
-        """uint8 [N, C, H, W], drawn with the EMA weights from fixed noise."""
-
-
-class Silent:
-    """The Reporter of all processes but the first."""
-
-    def started(self, step: int) -> None:
-        """See Reporter."""
-
-    def stepped(self, step: int) -> None:
-        """See Reporter."""
-
-    def logged(self, step: int, row: dict[str, float], seconds: float) -> None:
-        """See Reporter."""
-
-    def sampled(self, step: int, images: Tensor) -> None:
-        """See Reporter."""
-
-
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of step `step` (0-based) of `steps`: a linear warm-up times the decay."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = min(step / steps, 1.0)
     decay = {"none": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return config.lr * warmup * decay[config.lr_decay]
-
-
-def draw_timesteps(n: int, num_timesteps: int, stratified: bool, generator: torch.Generator) -> Tensor:
-    """int64 [n] in [0, T), on the generator's device.
-
-    Uniform and independent, or stratified: still uniform each, but evenly spread over the batch (Kingma et al. 2021,
-    appendix I.1), which lowers the variance of the loss.
-    """
-    device = generator.device
-    if not stratified:
-        return torch.randint(num_timesteps, (n,), generator=generator, device=device)
-    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
-    spread = (offset + torch.arange(n, device=device) / n) % 1
-    return (spread * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
 class Trainer:
@@ -130,8 +86,7 @@ class Trainer:
         self.optimizer_config = optimizer_config
         self.config = config
         self.seed = seed
-        placed = LabelledImages(compute.place(train.images), train.labels)
-        self.batches = BatchSource(placed, config.batch_size, seed, config.random_flip)
+        self.draws = Draws(train, config, seed, model.schedule.num_timesteps, model.num_classes, compute)
         self.test = test.first(config.evaluate_images)
         self.compute = compute
         self.folder = folder
@@ -193,25 +148,15 @@ class Trainer:
     def _stopped(self) -> Stopped:
         return Stopped(f"stopped after step {self.step}, all work is saved")
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x_0, t, the noise and the labels, if the model wants them, of a step: a function of (seed, step)."""
-        device = self.compute.device
-        x_0 = self.batches.batch(step).to(device)
-        y = self._labels(step) if self.model.num_classes else None
-        generator = self.compute.generator(step_seed(self.seed, "noise", step))
-        stratified = self.config.timestep_sampling == "stratified"
-        t = draw_timesteps(len(x_0), self.model.schedule.num_timesteps, stratified, generator)
-        return x_0, t, torch.randn(x_0.shape, generator=generator, device=device), y
-
     def _train_step(self) -> None:
         step = self.step
         rate = learning_rate(self.optimizer_config, step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self._batch(step)
+        inputs = self.draws.step(step)
         self.model.train()
         self.optimizer.zero_grad()
-        losses = [self._pass(batch, part) for part in self.parts]
+        losses = [self._pass(inputs, part) for part in self.parts]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         sum_over_processes([loss, *(p.grad for p in self.parameters if p.grad is not None)])
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimizer_config.grad_clip or math.inf)
@@ -221,24 +166,17 @@ class Trainer:
         self.sums += values
         self.watch.add(values)
 
-    def _pass(self, batch: Sequence[Tensor | None], part: slice) -> Tensor:
+    def _pass(self, inputs: StepInputs, part: slice) -> Tensor:
         """What a part of the batch adds to the step's loss; its gradient is added to the parameters'."""
         # A name for each start, so that no two parts of a step drop the same; the first is that of the whole batch.
         stream = f"dropout {part.start}" if part.start else "dropout"
         torch.manual_seed(step_seed(self.seed, stream, self.step))
         with self.compute.autocast():
-            losses: Tensor = self.model(*(None if value is None else value[part] for value in batch))
+            losses: Tensor = self.model(*inputs.part(part))
         loss = losses.mean() * ((part.stop - part.start) / self.config.batch_size)
         loss.backward()
         detached: Tensor = loss.detach()
         return detached
-
-    def _labels(self, step: int) -> Tensor:
-        """int64 [B], on the device; a share of them replaced by "none", for classifier-free guidance."""
-        generator = torch.Generator().manual_seed(step_seed(self.seed, "label dropout", step))
-        labels = self.batches.labels(step)
-        dropped = torch.rand(len(labels), generator=generator) < self.config.label_dropout
-        return torch.where(dropped, self.model.num_classes, labels).to(self.compute.device)
 
     def _lap(self, since: float, weights: Sequence[Tensor] = ()) -> float:
         """Counts the time of training since `since`; waits for the device and looks for what is not finite."""
@@ -251,11 +189,11 @@ class Trainer:
 
     def _diverged(self, bad: Bad) -> UserError:
         """The error to raise for a bad step; its batch is kept in the folder."""
-        x_0, t, noise, y = self._batch(bad.step - 1)
+        inputs = self.draws.step(bad.step - 1)._asdict()
         rate = learning_rate(self.optimizer_config, bad.step - 1, self.config.steps)
         path = Path(from_first(lambda: str(self.folder / f"bad-step-{bad.step:09}.pt")))
-        batch = {"x_0": x_0.cpu(), "t": t.cpu(), "noise": noise.cpu(), "y": None if y is None else y.cpu()}
-        batch["indices"] = self.batches.indices(bad.step - 1)
+        batch = {name: None if value is None else value.cpu() for name, value in inputs.items()}
+        batch["indices"] = self.draws.batches.indices(bad.step - 1)
         if is_first():
             with suppress(UserError), replacing(path) as partial:  # a full disk must not hide the reason
                 torch.save({"step": bad.step, "lr": rate, "losses": bad.losses, **batch}, partial)

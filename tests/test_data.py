@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from modeling import data
-from modeling.data import BatchSource, LabelledImages, load_split, read_prepared, step_seed, write_prepared
+from modeling.batches import BatchSource, step_seed
+from modeling.data import LabelledImages, load_split, read_prepared, write_prepared
 from modeling.errors import UserError
 from modeling.images import to_model
 from modeling.shapes import CLASSES, COLOURS, draw_shapes

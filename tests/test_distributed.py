@@ -97,6 +97,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def two_nodes(root, *arguments, torchrun=()):
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    meet += ["--rdzv-id=test", "--local-addr=127.0.0.1", *torchrun]
+    return [start(root, *arguments, torchrun=meet, GLOO_SOCKET_IFNAME="lo") for _ in range(2)]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """All stages in one process."""
@@ -116,13 +122,8 @@ def test_the_number_of_processes_changes_nothing(tmp_path, one, count):
 
 def test_two_nodes_by_torchrun(tmp_path, one):
     """Two groups of processes that meet by c10d on this machine; micro-batches that do not divide the share."""
-    port = free_port()
-    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    meet += ["--rdzv-id=test", "--local-addr=127.0.0.1"]
-    network = {"GLOO_SOCKET_IFNAME": "lo"}
     arguments = ["model.dropout=0", "trainer.micro_batch_size=3"]
-    nodes = [start(tmp_path, *arguments, torchrun=meet, **network) for _ in range(2)]
-    results = [ended(node) for node in nodes]
+    results = [ended(node) for node in two_nodes(tmp_path, *arguments)]
     assert [code for code, _, _ in results] == [0, 0], results
     check_equal(one, tmp_path)
 
@@ -214,16 +215,21 @@ def test_another_number_of_processes_goes_on(tmp_path, one):
     check_equal(one, root)
 
 
-def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_restarts_from_the_last_checkpoint(tmp_path, nodes):
     main(tmp_path, "stage=prepare")
     arguments = [a for a in LONG if "nproc" not in a] + ["trainer.resume=never", "trainer.steps=150"]
-    process = start(tmp_path, *arguments, torchrun=["--standalone", "--nproc-per-node=2", "--max-restarts=1"])
+    if nodes == 1:
+        agents = [start(tmp_path, *arguments, torchrun=["--standalone", "--nproc-per-node=2", "--max-restarts=1"])]
+    else:
+        agents = two_nodes(tmp_path, *arguments, torchrun=["--max-restarts=2"])
     while newest(tmp_path) < 20:
-        assert process.poll() is None, process.communicate()
+        assert all(agent.poll() is None for agent in agents), [ended(agent) for agent in agents]
         time.sleep(0.02)
-    workers(process)[1].kill()
-    code, stdout, stderr = ended(process)
-    assert code == 0, stdout + stderr
+    workers(agents[-1])[-1].kill()
+    results = [ended(agent) for agent in agents]
+    assert all(code == 0 for code, _, _ in results), results
+    stdout, stderr = ("".join(result[k] for result in results) for k in (1, 2))
     assert re.search(r"going on after step [2-9]0", stdout), stdout
     assert stderr.count("another process of this job has ended") <= 1
     assert rows(tmp_path)[-1]["step"] == 150

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from modeling.batches import draw_timesteps, step_seed
 from modeling.build import build_model, build_optimizer
 from modeling.checkpoint import checkpoints, read_checkpoint
-from modeling.data import LabelledImages, step_seed
+from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.errors import Stopped, UserError
@@ -29,7 +30,7 @@ from modeling.settings import (
     TrainerConfig,
 )
 from modeling.signals import stop_requests
-from modeling.training import Trainer, draw_timesteps, learning_rate
+from modeling.training import Trainer, learning_rate
 
 CPU = Compute(torch.device("cpu"), bf16=False)
 MODEL = ModelConfig("test", 8, [1, 2], 1, [4], 1, 0.1, 4)
@@ -226,8 +227,8 @@ def test_every_option_learns(tmp_path, option, conditional):
 
 def test_a_conditional_network_is_told_the_class_and_sometimes_not(tmp_path):
     trainer = make(tmp_path, Recorder(), model=dataclasses.replace(MODEL, class_conditional=True), label_dropout=0.3)
-    given = torch.cat([trainer._labels(step) for step in range(500)])
-    true = torch.cat([trainer.batches.labels(step) for step in range(500)])
+    given = torch.cat([trainer.draws.labels(step) for step in range(500)])
+    true = torch.cat([trainer.draws.batches.labels(step) for step in range(500)])
     dropped = given == 2
     assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.03)
     assert torch.equal(given[~dropped], true[~dropped])
@@ -238,7 +239,7 @@ def test_first_step_is_the_definition(tmp_path):
     sgd = SGDConfig("sgd", 0.1, 0, "none", None, momentum=0.0, weight_decay=0.0)
     trainer = make(tmp_path, Recorder(), optimizer=sgd, steps=1)
     reference = build_model(MODEL, DIFFUSION, (8, 8, 3), 2, seed=0).train()
-    x_0 = trainer.batches.batch(0)
+    x_0 = trainer.draws.batches.batch(0)
     generator = torch.Generator().manual_seed(step_seed(0, "noise", 0))
     t = torch.randint(20, (4,), generator=generator)
     noise = torch.randn(x_0.shape, generator=generator)
@@ -269,7 +270,7 @@ def test_time_steps_and_noise_are_drawn_on_the_training_device(tmp_path):
     """Without a GPU the wrong device shows only in what the draw asks for: none would be the CPU."""
     trainer = make(tmp_path, Recorder())
     with Draws() as draws:
-        trainer._batch(0)
+        trainer.draws.step(0)
     assert draws.devices == {"randn": CPU.device, "randint": CPU.device}
 
 

@@ -63,7 +63,7 @@ def quality(folder):
         assert torch.equal(torch.cat(found), images) and len(drawn) == times
     pool, logits = inception.features(found)
     alone = torch.cat([part for part in inception.network(images)], dim=1)
-    assert torch.allclose(torch.cat([pool, logits], dim=1), alone, rtol=1e-5)
+    assert torch.allclose(torch.cat([pool, logits], dim=1), alone, rtol=1e-5, atol=1e-3)
     first, again = (reference_features(inception, images, "data", folder, 4) for _ in range(2))
     assert torch.equal(first, pool) or torch.allclose(first, pool)
     assert len(again) == (9 if d.is_first() else 0)

@@ -12,9 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from modeling.batches import BatchSource
 from modeling.build import build_model, build_optimizer
 from modeling.checkpoint import save_model
-from modeling.data import BatchSource, load_split, read_prepared
+from modeling.data import load_split, read_prepared
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
 from modeling.distributed import is_first, world_size
@@ -23,13 +24,14 @@ from modeling.files import make_writable, write_atomic
 from modeling.images import to_uint8
 from modeling.paths import state_root
 from modeling.progress import Progress
+from modeling.reporter import Reporter, Silent
 from modeling.reports import Reports
 from modeling.runs import Run
 from modeling.settings import Config
 from modeling.signals import poll
 from modeling.stages.prepare import ensure_prepared
 from modeling.tracking import Tracker
-from modeling.training import Reporter, Silent, Trainer
+from modeling.training import Trainer
 
 log = logging.getLogger(__name__)
 EXAMPLES = 64  # real inputs shown in W&B

@@ -1,0 +1,148 @@
+"""What a training step sees: images, labels, time steps and noise, all of it a function of (seed, step).
+
+So a run that was stopped anywhere goes on with the very next step, and every process of a job knows the whole batch.
+Test images never reach a BatchSource.
+"""
+
+import hashlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling.data import LabelledImages
+from modeling.device import Compute
+from modeling.images import to_model
+from modeling.settings import TrainerConfig
+
+
+def step_seed(seed: int, stream: str, step: int) -> int:
+    """A 63-bit seed for what happens in one step; streams of different names never meet."""
+    key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big")
+    words = np.random.SeedSequence([seed, key, step]).generate_state(2, np.uint32)
+    return (int(words[0]) << 31) ^ int(words[1])
+
+
+def draw_timesteps(n: int, num_timesteps: int, stratified: bool, generator: torch.Generator) -> Tensor:
+    """int64 [n] in [0, T), on the generator's device.
+
+    Uniform and independent, or stratified: still uniform each, but evenly spread over the batch (Kingma et al. 2021,
+    appendix I.1), which lowers the variance of the loss.
+    """
+    device = generator.device
+    if not stratified:
+        return torch.randint(num_timesteps, (n,), generator=generator, device=device)
+    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+    spread = (offset + torch.arange(n, device=device) / n) % 1
+    return (spread * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+class BatchSource:
+    """Draws the training batches: every epoch is a permutation, and a batch may span two epochs.
+
+    Args:
+        data: the images on the device that trains, or memory-mapped; the labels on the CPU.
+        batch_size: global.
+        seed: of the order and the flips.
+        random_flip: mirror each image left to right with probability 1/2.
+    """
+
+    def __init__(self, data: LabelledImages, batch_size: int, seed: int, random_flip: bool) -> None:
+        self.images, self.all_labels = data
+        self.batch_size = batch_size
+        self.seed = seed
+        self.random_flip = random_flip
+        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+
+    def _draw_permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, "order", epoch))
+        return torch.randperm(len(self.images), generator=generator)
+
+    def indices(self, step: int) -> Tensor:
+        """int64 [B]: which images step `step` (0-based) trains on."""
+        start, n = step * self.batch_size, len(self.images)
+        parts = []
+        position, end = start, start + self.batch_size
+        while position < end:
+            epoch, offset = divmod(position, n)
+            take = min(end - position, n - offset)
+            parts.append(self._permutation(epoch)[offset : offset + take])
+            position += take
+        return torch.cat(parts)
+
+    def labels(self, step: int) -> Tensor:
+        """int64 [B]: the labels of `batch(step)`, on the CPU."""
+        return self.all_labels[self.indices(step)]
+
+    def batch(self, step: int) -> Tensor:
+        """float32 [B, C, H, W] in [-1, 1], on the device of the images."""
+        images = self.images.index_select(0, self.indices(step).to(self.images.device))
+        if self.random_flip:
+            generator = torch.Generator().manual_seed(step_seed(self.seed, "flip", step))
+            flip = torch.rand(self.batch_size, generator=generator) < 0.5
+            # Each image from the batch or from the mirrored one behind it: faster as bytes than torch.where on floats.
+            source = torch.arange(self.batch_size) + self.batch_size * flip
+            images = torch.cat([images, images.flip(3)]).index_select(0, source.to(images.device))
+        return to_model(images.contiguous())
+
+
+class StepInputs(NamedTuple):
+    """What the loss is computed from, on the device."""
+
+    x_0: Tensor  # float32 [B, C, H, W] in [-1, 1]
+    t: Tensor  # int64 [B] in [0, T)
+    noise: Tensor  # as x_0, from N(0, I)
+    y: Tensor | None  # int64 [B], labels; num_classes stands for "none"; None: the model takes none
+
+    def part(self, rows: slice) -> "StepInputs":
+        """Those of some rows of the batch."""
+        return StepInputs(self.x_0[rows], self.t[rows], self.noise[rows], None if self.y is None else self.y[rows])
+
+
+class Draws:
+    """Draws the inputs of each step of the global batch.
+
+    Args:
+        train: what to train on.
+        config: the trainer group.
+        seed: of the run.
+        num_timesteps: T.
+        num_classes: of the model; 0: it takes no labels.
+        compute: where the inputs are to be.
+    """
+
+    def __init__(
+        self,
+        train: LabelledImages,
+        config: TrainerConfig,
+        seed: int,
+        num_timesteps: int,
+        num_classes: int,
+        compute: Compute,
+    ) -> None:
+        placed = LabelledImages(compute.place(train.images), train.labels)
+        self.batches = BatchSource(placed, config.batch_size, seed, config.random_flip)
+        self.config = config
+        self.seed = seed
+        self.num_timesteps = num_timesteps
+        self.num_classes = num_classes
+        self.compute = compute
+
+    def step(self, step: int) -> StepInputs:
+        """The inputs of step `step` (0-based)."""
+        device = self.compute.device
+        x_0 = self.batches.batch(step).to(device)
+        generator = self.compute.generator(step_seed(self.seed, "noise", step))
+        stratified = self.config.timestep_sampling == "stratified"
+        t = draw_timesteps(len(x_0), self.num_timesteps, stratified, generator)
+        noise = torch.randn(x_0.shape, generator=generator, device=device)
+        return StepInputs(x_0, t, noise, self.labels(step) if self.num_classes else None)
+
+    def labels(self, step: int) -> Tensor:
+        """int64 [B], on the device; a share of them replaced by "none", for classifier-free guidance."""
+        generator = torch.Generator().manual_seed(step_seed(self.seed, "label dropout", step))
+        labels = self.batches.labels(step)
+        dropped = torch.rand(len(labels), generator=generator) < self.config.label_dropout
+        return torch.where(dropped, self.num_classes, labels).to(self.compute.device)
