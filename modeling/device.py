@@ -63,8 +63,8 @@ def choose_compute(device: str, precision: str) -> Compute:
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")
-    # Of several processes on a machine, each has made a device of its own the current one: see distributed.py.
-    chosen = torch.device("cuda", torch.cuda.current_device()) if cuda and device != "cpu" else torch.device("cpu")
+    # "cuda" is the current device; each of several processes has made another one that: see distributed.py.
+    chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
     if chosen.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:

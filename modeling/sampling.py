@@ -164,7 +164,8 @@ def dpm_solver_sample(model: Denoiser, x_T: Tensor, timesteps: Sequence[int], cl
         poll()
         x_0 = model.predict(x, _full(x, t), clip_denoised).x_0
         if t == timesteps[-1]:
-            return x_0
+            x = x_0
+            break
         lam, lam_next = _half_log_snr(alpha_bar), _half_log_snr(alpha_bar_prev)
         h = lam_next - lam
         direction = x_0

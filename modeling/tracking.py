@@ -74,7 +74,10 @@ class Tracker:
 
         try:
             self.run = start(mode)
-        except wandb.errors.Error as error:
+        except Exception as error:  # not only W&B's own kinds; whatever it is, training goes on
+            if mode == "offline":
+                self._failed(error)
+                return
             log.warning("W&B: no connection (%s): this run is offline", str(error).split("\n")[0])
             wandb.teardown()
             self.run = start("offline")
@@ -94,8 +97,11 @@ class Tracker:
         try:
             what()
         except Exception as error:  # of W&B's process, its network, its files
-            log.warning("W&B failed (%s): no more of this run is tracked there", str(error).split("\n")[0])
-            self.run = None
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        log.warning("W&B failed (%s): no more of this run is tracked there", str(error).split("\n")[0])
+        self.run = None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Logs values under a step."""

@@ -1,7 +1,10 @@
 """Closed-form networks, shared by the tests of the mathematics."""
 
+import os
 import sys
 from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and threads that wait for a core waste it
 
 import pytest
 import torch

@@ -24,6 +24,7 @@ def _child(arguments, cwd, environment, log, stacks, limits):
     import resource
 
     os.chdir(cwd)
+    os.environ.pop("WANDB_SERVICE", None)  # of the tests: who is killed takes his own along
     os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:
         for descriptor in (1, 2):
@@ -40,11 +41,15 @@ def _child(arguments, cwd, environment, log, stacks, limits):
     signal.signal(signal.SIGUSR1, tell)
     os.write(told, b"ready\n")
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        resource.setrlimit(getattr(resource, name), (value, resource.RLIM_INFINITY))
     # The server has imported PyTorch already, so the variable alone would come too late.
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = [str(ROOT / "main.py"), *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:  # the coverage is still to be written
+        for name in limits:
+            resource.setrlimit(getattr(resource, name), (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 _started = []

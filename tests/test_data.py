@@ -10,6 +10,7 @@ from PIL import Image
 from modeling import data
 from modeling.batches import BatchSource, step_seed
 from modeling.data import LabelledImages, load_split, read_prepared, write_prepared
+from modeling.device import Compute
 from modeling.errors import UserError
 from modeling.images import to_model
 from modeling.shapes import CLASSES, COLOURS, draw_shapes
@@ -195,3 +196,17 @@ def test_data_json_is_plain(tmp_path):
         "test",
         "test_labels",
     }
+
+
+@pytest.mark.parametrize("name", ["train.npy", "train_labels.npy"])
+def test_damaged_arrays_are_named(tmp_path, name):
+    write_prepared(tmp_path / "x", split(2), split(1), ["a"])
+    (tmp_path / "x" / name).write_bytes(b"no array")
+    with pytest.raises(UserError, match=rf"{name} is damaged .*run stage=prepare again"):
+        load_split(tmp_path / "x", "train")
+
+
+def test_a_large_data_set_on_a_cpu_stays_where_it_is(monkeypatch):
+    monkeypatch.setattr("modeling.device.PLACE_AT_MOST", 3)
+    images = torch.zeros(1, 2, 2, 1, dtype=torch.uint8).permute(0, 3, 1, 2)
+    assert Compute(torch.device("cpu"), False).place(images) is images

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import psutil
 import pytest
@@ -370,3 +371,19 @@ def test_dvc_repeats_no_training_for_what_changes_no_result():
     keys = {f.name for f in dataclasses.fields(TrainerConfig)} - {"nproc", "micro_batch_size"}
     assert {p for p in stages["train"]["params"] if p.startswith("trainer")} == {f"trainer.{key}" for key in keys}
     assert not any(p.startswith("trainer") for p in stages["evaluate"]["params"])
+
+
+def test_who_does_not_go_is_killed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    stays = subprocess.Popen([sys.executable, "-SEc", stubborn], stdout=subprocess.PIPE)
+    stays.stdout.readline()
+    fails = subprocess.Popen([sys.executable, "-SEc", "raise SystemExit(3)"])
+    assert launch._wait([fails, stays], tmp_path) == 3 and stays.returncode == -signal.SIGKILL
+
+
+def test_processes_that_do_not_come_are_waited_for_only_so_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.1))
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+    with pytest.raises(RuntimeError, match="do not come"):
+        distributed._own_part(store, 0, 2)

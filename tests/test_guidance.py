@@ -1,6 +1,7 @@
 """Classifier-free guidance, and drawing sets of samples."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from modeling.build import build_model
 from modeling.device import Compute
 from modeling.diffusion import PREDICTION_TYPES, DiffusionModel
 from modeling.drawing import draw_samples, sample_grid
+from modeling.errors import ConfigError
 from modeling.guidance import Guided
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import DDIMConfig, DiffusionConfig, ModelConfig, SamplerConfig
+from modeling.stages.sample import asked_samples
 
 CPU = Compute(torch.device("cpu"), bf16=False)
 MODEL = ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4)
@@ -95,3 +98,15 @@ def test_grid_has_a_row_for_each_class():
         0, 3, 1, 4, 2, 5,
     ]  # fmt: skip
     assert sample_grid(images, 0).shape == (10, 14, 3)
+
+
+def test_what_a_conditional_model_cannot_be_asked_for_is_refused():
+    meta = {"image_shape": [8, 8, 3], "classes": ["a", "b"], "config": {"trainer": {"label_dropout": 0.0}}}
+    model = network(True)
+    for changes, line in (
+        ({"guidance_scale": 2.0}, "sampler.guidance_scale=2.0: the model was trained with trainer.label_dropout=0"),
+        ({"label": "c"}, "sampler.label=c: allowed are a, b"),
+    ):
+        sampler = dataclasses.replace(DDIMConfig("ddim", 2, True, 2, 2, 0), **changes)
+        with pytest.raises(ConfigError, match=line):
+            asked_samples(model, meta, SimpleNamespace(sampler=sampler), range(2), Compute(torch.device("cpu"), False))

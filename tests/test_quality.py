@@ -12,7 +12,16 @@ from torch_fidelity import feature_extractor_inceptionv3
 
 from modeling.errors import UserError
 from modeling.nearest import nearest_images, panel
-from modeling.quality import Inception, Unavailable, frechet_distance, kept_samples, quality_metrics
+from modeling.quality import (
+    URL_INCEPTION_V3,
+    Inception,
+    Unavailable,
+    download,
+    frechet_distance,
+    kept_samples,
+    quality_metrics,
+    reference_features,
+)
 
 CPU = torch.device("cpu")
 
@@ -159,3 +168,19 @@ def test_nearest_images_is_an_exact_search(mirror, generator):
     assert picture.shape == (3 * 6 + 2, 5 * 6 + 2, 3)
     assert torch.equal(picture[2:6, 2:6], queries[0].permute(1, 2, 0))
     assert torch.equal(picture[8:12, 8:12], found.images[1, 0].permute(1, 2, 0))
+
+
+def test_downloaded_weights_and_a_damaged_cache(weights, tmp_path, monkeypatch, generator, caplog):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    kept = tmp_path / "hub/checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    file, digest = weights
+    kept.symlink_to(file)
+    assert download("0" * 8) == kept
+    inception = Inception(file, digest, CPU)
+    images = torch.randint(0, 256, (3, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    found = reference_features(inception, images, "data", tmp_path / "cache", 2)
+    (cached,) = (tmp_path / "cache").glob("*.npy")
+    cached.write_bytes(b"half")
+    assert torch.equal(reference_features(inception, images, "data", tmp_path / "cache", 2), found)
+    assert "is damaged" in caplog.text

@@ -1,10 +1,15 @@
 """What people see: the device line, the progress lines, the history file, the W&B fallbacks, signals; and bits/dim."""
 
+import errno
 import logging
 import math
 import os
+import resource
 import signal
+import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +23,14 @@ from modeling.data import LabelledImages
 from modeling.device import Compute, choose_compute
 from modeling.errors import ConfigError, Stopped, UserError
 from modeling.evaluation import bits_per_dim, held_out_report, strata
+from modeling.faults import explain
+from modeling.files import drop_partial, locked
 from modeling.history import History
 from modeling.paths import prepared_data, raw_cifar10, state_root
 from modeling.progress import Progress, duration
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import DiffusionConfig, FolderConfig, ModelConfig, WandbConfig
-from modeling.signals import poll, stop_requested, stop_requests
+from modeling.signals import command_again, poll, stop_requested, stop_requests
 from modeling.tracking import Tracker
 from modeling.trained import check_agrees, load_trained, parse_group
 
@@ -219,3 +226,78 @@ def test_bits_per_dim_of_a_part_of_the_time_steps_agrees_with_all():
     report = held_out_report(model, images, 10, CPU)
     assert set(report["loss_by_t"]) == {"q1", "q2", "q3", "q4"}
     assert sum(report["loss_by_t"].values()) / 4 == pytest.approx(report["loss"], rel=1e-5)
+
+
+def test_a_run_that_wandb_refuses_is_not_tracked_and_goes_on(tmp_path):
+    """Its service still has the run of a process that was killed a moment ago."""
+    first = Tracker(offline(), {}, "taken", None, tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from test_reporting import Tracker, offline\n"
+        "tracker = Tracker(offline(), {}, 'taken', None, Path(sys.argv[1])); tracker.log({'x': 1.0}, 1)\n"
+        "print(tracker.run, tracker.lacks(0)); tracker.finish()"
+    )
+    paths = os.pathsep.join(str(Path(__file__).parents[k]) for k in (0, 1))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "WANDB_MODE"} | {"PYTHONPATH": paths},
+    )
+    first.finish()
+    assert done.returncode == 0 and done.stdout == "None False\n", done.stderr
+    assert "is in use): no more of this run is tracked there" in done.stderr
+
+
+def test_history_on_a_full_disk_is_one_line(tmp_path):
+    path = tmp_path / "train.csv"
+    history = History(path, 0)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    row = {"step": 1, "images": 1, "lr": 0.1, "loss": 0.5, "grad_norm": 2.0, "seconds": 1}
+    history.add(row)
+    before = path.read_bytes()
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"train\.csv cannot be written: File too large"):
+            history.add(row)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert path.read_bytes() == before
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
+    for name in ("DVC_STAGE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert command_again(["main.py", "data.path=a b"]) == "python main.py 'data.path=a b'"
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert command_again() == "the same torchrun command"
+    monkeypatch.setenv("DVC_STAGE", "train")
+    assert command_again() == "the same dvc command"
+
+
+def test_errors_that_are_no_bugs_have_a_line():
+    full = OSError(errno.ENOSPC, "No space left on device", "x.pt")
+    assert explain(full, "train") == "x.pt: No space left on device; the same command goes on once that is put right"
+    assert explain(OSError(errno.ENOENT, "absent"), "train") is None and explain(KeyError("x"), "train") is None
+    assert "lower sampler.batch_size" in explain(MemoryError(), "sample")
+
+
+def test_who_waits_for_a_lock_gets_it_and_left_over_files_go(tmp_path):
+    entered = threading.Event()
+
+    def wait():
+        with locked(tmp_path / "lock", wait=True):
+            entered.set()
+
+    with locked(tmp_path / "lock", wait=True):
+        other = threading.Thread(target=wait)
+        other.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(5)
+    other.join()
+    (tmp_path / ".a.partial").touch()
+    drop_partial(tmp_path, ".*", older_than=60)
+    assert (tmp_path / ".a.partial").exists()
+    drop_partial(tmp_path, ".*")
+    assert not (tmp_path / ".a.partial").exists()

@@ -31,6 +31,7 @@ from modeling.settings import (
 )
 from modeling.signals import stop_requests
 from modeling.training import Trainer, learning_rate
+from modeling.watch import Watch
 
 CPU = Compute(torch.device("cpu"), bf16=False)
 MODEL = ModelConfig("test", 8, [1, 2], 1, [4], 1, 0.1, 4)
@@ -343,3 +344,34 @@ def test_held_out_timesteps_cover_the_range_evenly():
     t = held_out_timesteps(1000, 100)
     assert torch.equal(torch.bincount(t, minlength=100), torch.full((100,), 10))
     assert held_out_timesteps(1, 100).tolist() == [50] and held_out_timesteps(7, 1).tolist() == [0] * 7
+
+
+def test_losses_are_looked_at_now_and_then_without_a_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling.training.LOOK_EVERY", 3)
+    seen = []
+    never = {name: 1000 for name in ("log_every", "evaluate_every", "sample_every", "checkpoint_every")}
+    trainer = make(tmp_path, Recorder(), steps=8, **never)
+    look = trainer.watch.look
+    monkeypatch.setattr(trainer.watch, "look", lambda step, *rest: [seen.append(step), look(step, *rest)][1])
+    trainer.run()
+    assert seen[:2] == [3, 6]
+
+
+def test_weights_that_are_not_finite_are_found_before_a_checkpoint():
+    watch = Watch()
+    watch.add(torch.tensor([0.5, 1.0]))
+    bad = watch.look(7, [torch.ones(2), torch.tensor([1.0, math.inf])])
+    assert bad is not None and bad.step == 7 and "the weights of step 7 is not finite" in str(bad)
+
+
+def test_no_memory_for_a_checkpoint_is_not_taken_for_damage(tmp_path, monkeypatch):
+    trainer = make(tmp_path, Recorder(), steps=2)
+    trainer.run()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    again = make(tmp_path, Recorder(), steps=2)
+    monkeypatch.setattr(again.model, "load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        again.run()
