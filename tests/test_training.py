@@ -16,12 +16,14 @@ from modeling.checkpoint import checkpoints, read_checkpoint
 from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
+from modeling.drawing import draw_samples
 from modeling.errors import Stopped, UserError
 from modeling.held_out import held_out_losses, held_out_timesteps
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import (
     AdamConfig,
     AdamWConfig,
+    DDIMConfig,
     DiffusionConfig,
     LinearConfig,
     ModelConfig,
@@ -375,3 +377,29 @@ def test_no_memory_for_a_checkpoint_is_not_taken_for_damage(tmp_path, monkeypatc
     monkeypatch.setattr(again.model, "load_state_dict", full)
     with pytest.raises(torch.OutOfMemoryError):
         again.run()
+
+
+def test_grids_and_held_out_losses_are_those_of_the_average(tmp_path):
+    recorder = Recorder()
+    trainer = make(tmp_path, recorder, steps=6, plain=True, optimizer=adam(lr=0.05, betas=[0.9, 0.99], warmup_steps=0))
+    trainer.run()
+
+    def grid_and_loss():
+        c = trainer.config
+        sampler = DDIMConfig("ddim", c.sample_steps, True, c.sample_images, 64, 0)
+        images = draw_samples(trainer.model.eval(), sampler, range(c.sample_images), (3, 8, 8), CPU)
+        losses, _ = held_out_losses(trainer.model, trainer.test, 250, CPU)
+        return images, losses.double().mean().item()
+
+    plain, plain_loss = grid_and_loss()
+    with trainer.ema.swapped_in():
+        averaged, averaged_loss = grid_and_loss()
+    assert torch.equal(recorder.grids[6], averaged) and not torch.equal(averaged, plain)
+    assert recorder.rows[6]["held_out_loss"] == averaged_loss != plain_loss
+
+
+def test_training_noise_is_normal(tmp_path):
+    noise = torch.cat([make(tmp_path, Recorder()).draws.step(k).noise.flatten() for k in range(50)]).double()
+    n = len(noise)
+    assert abs(noise.mean()) < 5 / n**0.5 and abs(noise.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((noise**4).mean() - 3) < 5 * (96 / n) ** 0.5
