@@ -121,3 +121,7 @@ class Launched:
 
     def printed(self):
         return self.log.read_text()
+
+    def lines(self):
+        """What it printed that is no log line."""
+        return [line for line in self.printed().splitlines() if line and not line.startswith("[20")]

@@ -25,11 +25,6 @@ def launch(folder, *changes, stage="train", recipe=RECIPE, limits=None, out="out
     return Launched(folder, command, folder, environment, limits)
 
 
-def lines(run):
-    """What a run printed that is no log line."""
-    return [line for line in run.printed().splitlines() if line and not line.startswith("[20")]
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with prepared data and a trained model, and the hashes of what 40 undisturbed steps give."""
@@ -103,7 +98,7 @@ def test_a_signal_stops_the_demo_within_five_seconds_wherever_it_is(demo, place)
     run.send(signal.SIGINT if stage == "evaluate" else signal.SIGTERM)
     assert run.end() == 75, run.printed()
     assert time.monotonic() - begin < 5
-    (last,) = lines(run)
+    (last,) = run.lines()
     assert said in last and f"to go on: python {ROOT / 'main.py'} experiment=demo" in last
     assert not list((demo / out).rglob(".*.partial"))
 
@@ -143,7 +138,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_evidence(folder):
     wild = ["trainer.steps=40", "optimizer.lr=1e4", "optimizer.grad_clip=null", "trainer.checkpoint_every=2"]
     run = launch(folder, *wild, "optimizer.warmup_steps=40")
     assert run.end() == 1, run.printed()
-    (last,) = lines(run)
+    (last,) = run.lines()
     bad = next((folder / "root/runs").glob("*/bad-step-*.pt"))
     step = int(bad.stem.split("-")[-1])
     assert f"step {step} is not finite (last losses" in last and "learning rate" in last
@@ -178,7 +173,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_goes_on(base, folder, disk, first):
     fill(disk)
     run = launch(folder, "trainer.steps=40", *often, DVC_ROOT=str(disk))
     assert run.end() == 1, run.printed()
-    (last,) = lines(run)
+    (last,) = run.lines()
     assert last.startswith("error: ") and "cannot be written" in last and "o space left" in last
     assert {path: read_checkpoint(path)["step"] for path in disk.glob("runs/*/step-*.pt")} == before
     (disk / "filler").unlink()
@@ -203,7 +198,7 @@ def test_an_output_on_a_full_disk_is_one_line_and_what_was_there_is_intact(base,
     args = (disk.parent, *changes)
     run = launch(*args, stage=stage, out="disk/out", DVC_ROOT=str(base / "root"))
     assert run.end() == 1, run.printed()
-    (last,) = lines(run)
+    (last,) = run.lines()
     assert "cannot be written" in last and "o space left" in last
     assert hashes(disk / "out") == before
     (disk / "filler").unlink()
@@ -217,7 +212,7 @@ def test_a_read_only_disk_is_one_line(base, disk, stage):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     run = launch(disk.parent, "trainer.steps=40", stage=stage, out="disk/out", DVC_ROOT=str(base / "root"))
     assert run.end() == 1, run.printed()
-    (last,) = lines(run)
+    (last,) = run.lines()
     assert "cannot be written" in last and "Read-only file system" in last
 
 
@@ -225,7 +220,7 @@ def test_a_file_that_cannot_grow(folder):
     """The same without root: the system refuses files above 100 kB, and a checkpoint has more."""
     run = launch(folder, "trainer.steps=40", limits={"RLIMIT_FSIZE": 100_000})
     assert run.end() == 1, run.printed()
-    (last,) = lines(run)
+    (last,) = run.lines()
     assert "step-000000007.pt cannot be written: File too large" in last
     assert not list(folder.glob("root/runs/*/.step*"))
 
@@ -273,7 +268,7 @@ def test_where_all_are_damaged_nobody_starts_afresh_unasked(base, folder):
         damage(path, "truncated")
     run = launch(folder, "trainer.steps=40")
     assert run.end() == 1
-    (last,) = lines(run)
+    (last,) = run.lines()
     assert "none of the 2 checkpoints" in last and "trainer.resume=never" in last
     run = launch(folder, "trainer.steps=40", "trainer.resume=never")
     assert run.end() == 0 and "going on" not in run.printed() and "the earlier state is in" in run.printed()
@@ -309,7 +304,7 @@ def test_resume_never_and_from_a_path(base, folder):
         (f"trainer.resume={keep} optimizer=sgd", "of another optimizer"),
     ):
         run = launch(folder, *wrong.split())
-        assert run.end() == 2 and why in lines(run)[-1] and len(lines(run)) == 1, run.printed()
+        assert run.end() == 2 and why in run.lines()[-1] and len(run.lines()) == 1, run.printed()
 
 
 def test_another_configuration_never_takes_up_a_checkpoint_and_other_code_says_so(base, folder):
@@ -340,7 +335,7 @@ def test_the_second_of_two_equal_runs_refuses(base, folder):
     first.send(signal.SIGSTOP)
     second = launch(folder, "trainer.steps=40")
     assert second.end() == 1
-    (last,) = lines(second)
+    (last,) = second.lines()
     assert f"process {first.process.pid} on" in last and "is working in" in last
     first.send(signal.SIGCONT)
     assert first.end() == 0 and hashes(folder / "out") == hashes(base / "out")
@@ -364,7 +359,7 @@ def test_no_memory_is_one_line_that_says_what_to_lower(folder):
     big = ["trainer.steps=40", "trainer.batch_size=30000", "model.model_channels=128"]
     run = launch(folder, *big, limits=limit)
     assert run.end() == 1, run.printed()
-    (last,) = lines(run)
+    (last,) = run.lines()
     assert "out of memory in stage train" in last and "lower trainer.batch_size" in last
 
 

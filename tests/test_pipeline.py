@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from diffusers import DDPMPipeline
+from launch import Launched
 from PIL import Image
 
 from modeling.checkpoint import imported_files
@@ -210,7 +211,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_input_is_one_line(trained, state, tmp_path, arguments):
+def test_bad_input_is_one_line(trained, tmp_path, arguments):
     for name in ("empty", "unreadable", "mixed", "broken/cifar-10-batches-py"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "unreadable/a.png").write_bytes(b"no image")
@@ -228,10 +229,10 @@ def test_bad_input_is_one_line(trained, state, tmp_path, arguments):
     out = [] if "out_dir" in arguments else [f"out_dir={tmp_path}"]
     offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "CIFAR10_ROOT": "broken"}
     small = [a for a in SMALL if not a.startswith(drop)]
-    done = main(state, tmp_path, *small, *out, *typed, WANDB_MODE="disabled", **offline)
-    assert done.returncode in (1, 2), done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and BAD[arguments] in lines[0], done.stderr
+    run = Launched(tmp_path / "process", [*small, *out, *typed], tmp_path, offline | {"DVC_ROOT": str(tmp_path)})
+    assert run.end() in (1, 2), run.printed()
+    (line,) = run.lines()
+    assert line.startswith("error: ") and BAD[arguments] in line
     assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate.json"))
 
 
