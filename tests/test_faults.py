@@ -159,27 +159,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_evidence(folder):
 # Disks
 
 
-@pytest.mark.parametrize("first", ["checkpoint", "metrics", "samples"])
-def test_a_full_disk_is_one_line_and_a_rerun_goes_on(base, folder, disk, first):
-    often = {
-        "checkpoint": ["trainer.checkpoint_every=1", "trainer.log_every=1000", "trainer.evaluate_every=1000"],
-        "metrics": ["trainer.checkpoint_every=1000", "trainer.log_every=1"],
-        "samples": ["trainer.checkpoint_every=1000", "trainer.log_every=1000", "trainer.sample_every=1"],
-    }[first]
-    short = launch(folder, "trainer.steps=7", *often, DVC_ROOT=str(disk))
+@pytest.mark.parametrize("written", ["checkpoint", "metrics", "samples"])
+def test_a_full_disk_is_one_line_and_a_rerun_goes_on(base, folder, disk, written):
+    """The disk fills up while training runs, which then has nothing to write but the one thing that is named."""
+    kept, steps = {name: f"trainer.{name}_every=1000" for name in ("checkpoint", "log", "evaluate", "sample")}, 40
+    if written == "metrics":
+        kept["log"], steps = "trainer.log_every=1", 120  # rows of several pages
+    else:
+        name = {"checkpoint": "checkpoint", "samples": "sample"}[written]
+        kept[name] = f"trainer.{name}_every=1"
+    short = launch(folder, "trainer.steps=7", *kept.values(), DVC_ROOT=str(disk))
     assert short.end() == 0, short.printed()
-    before = {path: read_checkpoint(path)["step"] for path in disk.glob("runs/*/step-*.pt")}
-    assert before
+    run = launch(folder, f"trainer.steps={steps}", *kept.values(), DVC_ROOT=str(disk))
+    assert run.wait_until_in("_train_step"), run.printed()
+    run.send(signal.SIGSTOP)
     fill(disk)
-    run = launch(folder, "trainer.steps=40", *often, DVC_ROOT=str(disk))
+    before = {path: read_checkpoint(path)["step"] for path in disk.glob("runs/*/step-*.pt")}
+    run.send(signal.SIGCONT)
     assert run.end() == 1, run.printed()
     (last,) = run.lines()
     assert last.startswith("error: ") and "cannot be written" in last and "o space left" in last
-    assert {path: read_checkpoint(path)["step"] for path in disk.glob("runs/*/step-*.pt")} == before
+    assert {"checkpoint": "/step-", "metrics": "train.csv", "samples": "/samples/"}[written] in last
+    assert before and {path: read_checkpoint(path)["step"] for path in disk.glob("runs/*/step-*.pt")} == before
     (disk / "filler").unlink()
-    run = launch(folder, "trainer.steps=40", *often, DVC_ROOT=str(disk))
-    assert run.end() == 0 and "going on after step 7" in run.printed()
-    assert weights(folder) == weights(base)
+    run = launch(folder, f"trainer.steps={steps}", *kept.values(), DVC_ROOT=str(disk))
+    assert run.end() == 0 and f"going on after step {max(before.values())}" in run.printed()
+    assert steps > 40 or weights(folder) == weights(base)
 
 
 def weights(folder, out="out"):
