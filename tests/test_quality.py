@@ -128,14 +128,20 @@ def test_kept_samples_are_drawn_once(tmp_path):
 
 def test_evaluate_measures_quality_and_says_how(weights, tmp_path):
     """Through the command line: measured with a local file, then without network, left out and said why."""
-    weak = ["trainer.steps=1", "evaluation.fid_samples=12", "evaluation.batch_size=5", f"out_dir={tmp_path}"]
+    weak = [
+        "trainer.steps=1",
+        "data.num_train=16",
+        "evaluation.fid_samples=12",
+        "evaluation.batch_size=5",
+        f"out_dir={tmp_path}",
+    ]
     local = [f"evaluation.inception_weights={weights[0]}", f"evaluation.inception_sha256={weights[1][:8]}"]
     state, quiet = tmp_path / "state", {"WANDB_MODE": "disabled"}
     done = main(state, tmp_path, *SMALL, *weak, *local, **quiet)
     assert done.returncode == 0, done.stderr
     quality = json.loads((tmp_path / "reports/evaluate.json").read_text())["evaluate"]["quality"]
     assert {"fid_12", "kid_12", "inception_score_12", "precision_12", "recall_12"} <= set(quality)
-    assert quality["num_samples"] == 12 and quality["reference"] == "64 training images, not flipped"
+    assert quality["num_samples"] == 12 and quality["reference"] == "16 training images, not flipped"
     assert (quality["sampler"], quality["nfe"], quality["seed"]) == ("ddim", 3, 0)
     assert quality["inception_sha256"] == weights[1] and len(quality["weights_sha256"]) == 64
     again = main(state, tmp_path, *SMALL, *weak, *local, "stage=evaluate", **quiet)
