@@ -73,21 +73,24 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-DEVIATIONS: dict[str, float] = {}
+DEVIATION = "deviation: "  # what marks one among the properties of a test
 
 
 @pytest.fixture
-def record_deviation() -> Callable[[str, float], None]:
-    """Notes how far an item is from the peer's; the largest of each is printed at the end of the run."""
-
-    def note(item: str, value: float) -> None:
-        DEVIATIONS[item] = max(DEVIATIONS.get(item, 0.0), value)
-
-    return note
+def record_deviation(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
+    """Notes how far an item is from its reference; the largest of each is printed at the end of the run."""
+    return lambda item, value: record_property(DEVIATION + item, value)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if DEVIATIONS:
-        terminalreporter.section("largest relative deviation from diffusers")
-        for item, value in DEVIATIONS.items():
+    largest: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name.startswith(DEVIATION):
+                    item = name.removeprefix(DEVIATION)
+                    largest[item] = max(largest.get(item, 0.0), value)
+    if largest:
+        terminalreporter.section("largest relative deviations")
+        for item, value in sorted(largest.items()):
             terminalreporter.write_line(f"{value:8.1e}  {item}")

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench, loss_equality, peers, time_to_quality
+from benchmarks import bench, loss_equality, peers, recognition, samplers, time_to_quality
 from benchmarks.measure import rates, ratio, spread
-from benchmarks.project import make_task, training_flops
+from benchmarks.project import configure, make_task, training_flops
+from modeling.shapes import draw_shapes
+from modeling.stages import prepare, train
 
 
 def test_ratios_are_formed_within_rounds():
@@ -106,3 +108,49 @@ def test_loss_equality_compares_three_runs(tmp_path, monkeypatch, capsys):
     loss_equality.main()
     printed = capsys.readouterr().out
     assert out.exists() and printed.count("held-out loss") == 3 and printed.count("mean difference") == 2
+
+
+def test_energy_distance():
+    a, b = (torch.tensor(values, dtype=torch.float64)[:, None] for values in ([0, 2], [1, 3]))
+    assert samplers.energy_distance(a, b)[0] == pytest.approx(2 * 1.5 - 2 - 2)
+    generator = torch.Generator().manual_seed(0)
+    known = torch.randn(2000, 3, generator=generator, dtype=torch.float64)
+    found = [
+        samplers.energy_distance(torch.randn(100, 3, generator=generator, dtype=torch.float64) + 0.5, known)
+        for _ in range(100)
+    ]
+    distances, errors = (torch.tensor(values) for values in zip(*found, strict=True))
+    assert distances.std() == pytest.approx(errors.mean().item(), rel=0.25)
+    same = torch.randn(2000, 3, generator=generator, dtype=torch.float64)
+    distance, error = samplers.energy_distance(same, known)
+    assert abs(distance) < 0.01 < distances.mean() - 5 * error
+
+
+def test_the_classifier_knows_real_shapes():
+    images, labels = (torch.from_numpy(array) for array in draw_shapes(600, 16, 0, split=0))
+    network = recognition.trained_classifier(images.permute(0, 3, 1, 2), labels, 10, epochs=4)
+    images, labels = (torch.from_numpy(array) for array in draw_shapes(200, 16, 0, split=1))
+    found = recognition.predicted(network, images.permute(0, 3, 1, 2))
+    assert (found == labels).double().mean() > 0.9
+
+
+def test_samplers_and_classes_of_a_trained_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    out = [f"out_dir={tmp_path}", "wandb.mode=disabled"]
+    config = configure(*SMALL, *out, "trainer.steps=1", "model.class_conditional=true", "trainer.label_dropout=0.5")
+    for stage in (prepare, train):
+        stage.run(config, tmp_path)
+    monkeypatch.setattr("sys.argv", ["samplers", "--images=4", "--steps=2", f"--out={tmp_path / 'samplers'}", *out])
+    samplers.main()
+    found = json.loads((tmp_path / "samplers.json").read_text())
+    assert [row["sampler"] for row in found["rows"]] == ["ddim", "dpm_solver", "ddpm"]
+    assert all(row["nfe"] == 2 and row["seconds"] > 0 and row["stderr"] > 0 for row in found["rows"])
+    assert (tmp_path / "samplers.png").exists()
+    capsys.readouterr()
+    guided = ["sampler=ddim", "sampler.steps=2", "sampler.guidance_scale=2"]
+    monkeypatch.setattr("sys.argv", ["recognition", "--samples=20", "--epochs=1", *out, *guided])
+    recognition.main()
+    result = json.loads(capsys.readouterr().out)
+    assert 0 <= result["classifier_on_samples"] <= 1 and len(result["by_class"]) == 10
+    assert result["sampler"]["guidance_scale"] == 2

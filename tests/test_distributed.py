@@ -73,11 +73,12 @@ def numbers(value):
     return [value] if isinstance(value, int | float) else []
 
 
-def check_equal(one, other):
+def check_equal(one, other, what, record_deviation):
     """Losses and metrics to float tolerance; the very same pictures."""
     assert len(rows(one)) == len(rows(other)) > 0
     for row, expected in zip(rows(other), rows(one), strict=True):
         assert row == pytest.approx(expected, rel=2e-4)
+        record_deviation(f"one process: losses of {what}", abs(row["loss"] / expected["loss"] - 1))
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     reports = [numbers(json.loads((root / "out/reports/evaluate.json").read_text())) for root in (one, other)]
     assert reports[1] == pytest.approx(reports[0], rel=1e-3)
@@ -113,20 +114,20 @@ def one(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_the_number_of_processes_changes_nothing(tmp_path, one, count):
+def test_the_number_of_processes_changes_nothing(tmp_path, one, count, record_deviation):
     printed = main(tmp_path, "model.dropout=0", f"trainer.nproc={count}")
     assert f"{count} processes" in printed and printed.count("bits/dim") == 1  # one of them talks
-    check_equal(one, tmp_path)
+    check_equal(one, tmp_path, f"{count} processes", record_deviation)
     assert not list(tmp_path.glob("*.log")) and not list(tmp_path.glob("out/*.log"))
     assert len(list(tmp_path.glob("outputs/*/*/main.log"))) == 1
 
 
-def test_two_nodes_by_torchrun(tmp_path, one):
+def test_two_nodes_by_torchrun(tmp_path, one, record_deviation):
     """Two groups of processes that meet by c10d on this machine; micro-batches that do not divide the share."""
     arguments = ["model.dropout=0", "trainer.micro_batch_size=3"]
     results = [ended(node) for node in two_nodes(tmp_path, *arguments)]
     assert [code for code, _, _ in results] == [0, 0], results
-    check_equal(one, tmp_path)
+    check_equal(one, tmp_path, "two nodes, micro-batches of 3", record_deviation)
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path):
@@ -208,11 +209,11 @@ def test_stops_and_deaths_lose_nothing(tmp_path):
         assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes(), name
 
 
-def test_another_number_of_processes_goes_on(tmp_path, one):
+def test_another_number_of_processes_goes_on(tmp_path, one, record_deviation):
     root = tmp_path / "changing"
     main(root, "model.dropout=0", "trainer.steps=2", "trainer.nproc=2")
     assert "going on after step 2" in main(root, "model.dropout=0", "trainer.nproc=1")
-    check_equal(one, root)
+    check_equal(one, root, "2 processes, then 1", record_deviation)
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):

@@ -37,7 +37,7 @@ def equal(record_deviation):
 
     def check(item, ours, theirs, bound):
         relative = deviation(ours, theirs) / max(theirs.abs().max().item(), 1)
-        record_deviation(item, relative)
+        record_deviation(f"diffusers: {item}", relative)
         assert relative < bound
 
     return check
