@@ -3,11 +3,15 @@
 A rate is the spread of work per second over the rounds; a ratio compares two contestants within each round.
 """
 
+import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from modeling.data import LabelledImages
 from modeling.drawing import draw_samples
 from modeling.evaluation import bits_per_dim
 from modeling.held_out import held_out_losses
-from modeling.settings import CHOICES, SamplerConfig, TrainerConfig
+from modeling.settings import CHOICES, SamplerConfig
 
 OURS = "this project"
 
@@ -236,17 +240,39 @@ def scaling(size: Size) -> dict[str, Any]:
         return make_task(overrides + more, image_size, num_images=128)
 
     most = batches[-1]
+    part = max(1, most // 4)
+    parts, micro = f"{most}, micro batches of {part}", f"trainer.micro_batch_size={part}"
     return {
         "model": model,
         "images_per_second_by_batch": speeds({str(b): lambda b=b: task(b) for b in batches}),
         "images_per_second_by_image_size": speeds({str(s): lambda s=s: task(most // 2, s) for s in (16, 32, 64)}),
         "images_per_second_by_T": speeds({str(t): lambda t=t: task(most, 32, t) for t in (10, 1000, 4000)}),
         "peak_megabytes_by_batch": {str(b): peak_memory(model, b) for b in batches}
-        | {
-            f"{most}, micro batches of {most // 2}": peak_memory(model, most, f"trainer.micro_batch_size={most // 2}")
-            for _ in range("micro_batch_size" in TrainerConfig.__dataclass_fields__)
-        },
+        | {parts: peak_memory(model, most, micro)},
+        "images_per_second_by_processes": processes(model, size),
     }
+
+
+def processes(model: str, size: Size) -> dict[str, Any]:
+    """Training by the real command, with 1 and 2 processes by turns; on a CPU they share its cores."""
+    batch, steps = (2, 4) if model == "tiny" else (32, 60)
+    counts = ("1", "2") if torch.cuda.device_count() != 1 else ("1",)  # a device each
+    found: dict[str, list[float]] = {count: [] for count in counts}
+    for k in range(size.rounds):
+        for count in list(found)[:: -1 if k % 2 else 1]:
+            with tempfile.TemporaryDirectory() as folder:
+                common = ["data=shapes", "data.num_train=640", "data.num_test=16", f"model={model}", "sampler=ddim"]
+                rare = [f"trainer.{name}_every={steps}" for name in ("log", "evaluate", "sample", "checkpoint")]
+                few = ["trainer.evaluate_images=2", "trainer.sample_images=1", "trainer.sample_steps=1"]
+                size_of_it = [f"trainer.batch_size={batch}", f"trainer.steps={steps}", f"trainer.nproc={count}"]
+                options = [*common, *rare, *few, *size_of_it, f"out_dir={folder}"]
+                command = [sys.executable, str(ROOT / "main.py"), *options]
+                env = os.environ | {"DVC_ROOT": folder, "WANDB_MODE": "disabled"}
+                for stage in ("prepare", "train"):
+                    subprocess.run([*command, f"stage={stage}"], cwd=folder, env=env, check=True, capture_output=True)
+                report = json.loads((Path(folder) / "reports/train.json").read_text())
+                found[count].append(report["train"]["images_per_second"])
+    return {count: spread(values) for count, values in found.items()}
 
 
 def peak_memory(model: str, batch: int, *more: str) -> float:

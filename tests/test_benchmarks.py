@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench, loss_equality, peers, recognition, samplers, time_to_quality
+from benchmarks import bench, loss_equality, peers, profile_step, recognition, samplers, time_to_quality
 from benchmarks.measure import rates, ratio, spread
 from benchmarks.project import configure, make_task, training_flops
 from modeling.shapes import draw_shapes
@@ -154,3 +154,10 @@ def test_samplers_and_classes_of_a_trained_model(tmp_path, monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out)
     assert 0 <= result["classifier_on_samples"] <= 1 and len(result["by_class"]) == 10
     assert result["sampler"]["guidance_scale"] == 2
+
+
+def test_profile_names_operators(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["profile_step", "--steps=1", "model=tiny", "trainer.batch_size=2"])
+    profile_step.main()
+    printed = capsys.readouterr().out
+    assert "model=tiny, batch 2" in printed and "convolution" in printed
