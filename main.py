@@ -17,7 +17,7 @@ from modeling import launch
 from modeling.config import load_config
 from modeling.errors import ConfigError, Stopped, UserError
 from modeling.faults import explain
-from modeling.signals import command_again, poll, stop_requests
+from modeling.signals import command_again, stop_requests
 
 ORDER = ("prepare", "train", "sample", "evaluate")
 TYPED = tuple(sys.argv)
@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> None:
             raise SystemExit(launch.launch(count, settings.runtime.output_dir, TYPED))
         with launch.joined(config, out) as out:
             for stage in ORDER if config.stage == "all" else (config.stage,):
-                poll()
+                launch.poll_together()
                 if launch.rank() == 0 or stage in launch.TOGETHER:
                     importlib.import_module(f"modeling.stages.{stage}").run(config, out)
                 launch.wait_for_all()  # what the first process has written is there for the next stage

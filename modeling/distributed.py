@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from modeling.errors import ConfigError, Lost, Stopped, UserError
-from modeling.signals import also_ask, poll
+from modeling.signals import STOP_FILE, also_ask
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)  # for what one process does alone, such as a download; a dead process is noticed at once
@@ -72,6 +73,7 @@ def group(device: str, folder: str | None) -> Iterator[None]:
                 f"to {devices}, or device=cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # whose sums differ from call to call
     if local == int(os.environ["WORLD_SIZE"]):
         # One machine: its name in the network, by which gloo looks for itself, may not resolve.
         loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
@@ -84,7 +86,7 @@ def group(device: str, folder: str | None) -> Iterator[None]:
         _store = _own_part(shared, index, size)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=_store, rank=index, world_size=size, timeout=TIMEOUT)
-    with also_ask(_others_asked()):
+    with also_ask(_others_asked(None if folder is None else Path(folder) / STOP_FILE)):
         yield
     # Not after a failure: it would wait for what is gone.
     dist.destroy_process_group()
@@ -121,8 +123,7 @@ def _own_part(store: Any, rank: int, size: int) -> Any:
 
 def _wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + TIMEOUT.total_seconds()
-    while not condition():
-        poll()
+    while not condition():  # no poll here: who leaves before all have met leaves the others waiting
         if time.monotonic() > end:
             raise RuntimeError("the other processes do not come")
         time.sleep(0.02)
@@ -140,7 +141,8 @@ def _lost_if_it_fails() -> Iterator[None]:
         ) from None
 
 
-def _others_asked() -> Callable[[], bool]:
+def _others_asked(file: Path | None) -> Callable[[], bool]:
+    """Whether another process, or the launcher by its file, wants all to stop."""
     looked = time.monotonic()
 
     def ask() -> bool:
@@ -149,15 +151,18 @@ def _others_asked() -> Callable[[], bool]:
             return False
         looked = time.monotonic()
         with _lost_if_it_fails():
-            return bool(_store.check(["stop"]))
+            return (file is not None and file.exists()) or bool(_store.check(["stop"]))
 
     return ask
 
 
-def is_first_to_tell() -> bool:
-    """Whether no other process has asked this before; before there is a group, one a machine is told yes."""
+def is_first_to_tell(error: Exception) -> bool:
+    """Whether no other process has asked this before.
+
+    Before there is a group, one a machine is told yes, if the error is one that all of them have.
+    """
     if _store is None:
-        return os.environ.get("LOCAL_RANK") == "0"
+        return os.environ.get("LOCAL_RANK") == "0" or not isinstance(error, ConfigError)
     try:
         return bool(_store.add("told", 1) == 1)
     except RuntimeError:  # the store went with the process that held it

@@ -14,17 +14,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modeling.errors import ConfigError, Lost, Stopped
 from modeling.settings import Config
-from modeling.signals import command_again, stop_requested
+from modeling.signals import STOP_FILE, command_again, poll, stop_requested
 
 JOB = "MODELING_JOB"  # a folder that the processes of trainer.nproc share
 RUN_DIR = "MODELING_RUN_DIR"  # Hydra's folder, the launcher's: theirs would be seconds younger
 TOGETHER = ("train", "sample", "evaluate")  # the stages that are shared out; the others are the first process's
-GRACE = 10.0  # seconds to put things away once another process has failed
+GRACE = 10.0  # seconds to put things away once another process has failed,
+LAST = 60.0  # and once the launcher has gone
+LOST = "lost"  # a file of the shared folder: why one has lost the others
 
 
 def world_size() -> int:
@@ -82,7 +84,7 @@ def launch(count: int, run_dir: str, command: Sequence[str]) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="ddpm-") as folder:
         environment = {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+            "OMP_NUM_THREADS": str(max(1, _cores() // count)),
             **os.environ,
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
@@ -105,6 +107,11 @@ def launch(count: int, run_dir: str, command: Sequence[str]) -> int:
                 worker.wait()
 
 
+def _cores() -> int:
+    """That this job may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _wait(workers: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
     codes: list[int] = []  # in the order in which they ended
     left = dict(enumerate(workers))
@@ -122,7 +129,10 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
                 print(f"error: process {k} of {len(workers)} was killed ({name}): {again}", file=sys.stderr)
             if code not in (0, Stopped.exit_code) and deadline is None:
                 deadline = time.monotonic() + GRACE
-        if left and not asked and (deadline is not None or stop_requested()):
+        if stop_requested():
+            # Not by a signal: whoever stops a group of processes has sent them one, and a second one would kill.
+            (folder / STOP_FILE).touch()
+        if left and not asked and deadline is not None:
             asked = True
             for worker in left.values():
                 worker.terminate()
@@ -131,15 +141,12 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
                 worker.kill()
         time.sleep(0.05)
     failed = [code for code in codes if code not in (0, Lost.exit_code, Stopped.exit_code)]
-    if failed:
-        return max(failed[0], 1)
-    if Stopped.exit_code in codes:
+    if Stopped.exit_code in codes and not failed:
         return Stopped.exit_code
-    if Lost.exit_code in codes:
-        if _claim(folder):
-            print(f"error: the processes have lost each other; to go on: {command_again()}", file=sys.stderr)
-        return 1
-    return 0
+    if (failed or Lost.exit_code in codes) and _claim(folder):  # nobody has said why
+        reason = (folder / LOST).read_text() if (folder / LOST).exists() else "the processes have lost each other"
+        print(f"error: {reason}; to go on: {command_again()}", file=sys.stderr)
+    return max(failed[0], 1) if failed else int(Lost.exit_code in codes)
 
 
 @contextmanager
@@ -174,6 +181,23 @@ def _go_on(config: Config, restarted: bool) -> None:
 def _stop_with_launcher() -> None:
     os.read(0, 1)  # ends with the launcher
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST)
+    os.kill(os.getpid(), signal.SIGKILL)  # a process that waits within the backend hears no other
+
+
+def poll_together() -> None:
+    """As signals.poll, but for all processes of the job at once: one that is asked to stop stops all.
+
+    Raises:
+        Stopped: a stop was asked for.
+    """
+    if world_size() == 1:
+        poll()
+        return
+    from modeling import distributed
+
+    if distributed.any_process(stop_requested()):
+        raise Stopped("stopped")
 
 
 def wait_for_all() -> None:
@@ -188,11 +212,16 @@ def may_tell(error: Exception) -> bool:
     """Whether this process is the one of its job that tells the user how it ended."""
     if world_size() == 1:
         return True
-    if JOB in os.environ:  # of a lost process the launcher knows more
-        return not isinstance(error, Lost) and _claim(Path(os.environ[JOB]))
+    if JOB in os.environ:
+        folder = Path(os.environ[JOB])
+        if not isinstance(error, Lost):
+            return _claim(folder)
+        with suppress(OSError):  # of a lost process the launcher knows more, or else tells this
+            (folder / LOST).write_text(str(error))
+        return False
     from modeling import distributed
 
-    return distributed.is_first_to_tell()
+    return distributed.is_first_to_tell(error)
 
 
 def _claim(folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """SIGTERM and SIGINT as a polite request: the work in hand is finished or dropped, and what is done is saved.
 
 The request is one flag of the process, as signals are; loops that take long look at it with `poll`. The first signal
-gives the default behaviour back, so a second one ends the process at once, whatever it is waiting for.
+gives the default behaviour back, so a second one ends the process at once, whatever it is waiting for; but not one of
+torchrun's processes, which the second one reaches by its agent.
 """
 
 import os
@@ -14,25 +15,26 @@ from types import FrameType
 
 from modeling.errors import Stopped
 
+STOP_FILE = "stop"  # in the folder that a job's processes share: asks all of them
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _requested = False
 _asked_elsewhere: Callable[[], bool] | None = None
 
 
 def stop_requested() -> bool:
-    """Whether a signal asked for a stop."""
-    return _requested
+    """Whether a signal asked for a stop, this process or another one of its job."""
+    return _requested or (_asked_elsewhere is not None and _asked_elsewhere())
 
 
 def poll() -> None:
-    """Raises Stopped if a signal asked for it: called in every loop that may take seconds."""
-    if _requested or (_asked_elsewhere is not None and _asked_elsewhere()):
+    """Raises Stopped if a stop was asked for: called in every loop that may take seconds."""
+    if stop_requested():
         raise Stopped("stopped")
 
 
 @contextmanager
 def also_ask(elsewhere: Callable[[], bool]) -> Iterator[None]:
-    """Within the context, `poll` heeds requests to other processes too."""
+    """Within the context, requests to other processes count too."""
     global _asked_elsewhere
     _asked_elsewhere = elsewhere
     try:
@@ -49,8 +51,10 @@ def stop_requests() -> Iterator[None]:
     def handler(number: int, frame: FrameType | None) -> None:
         global _requested
         _requested = True
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        # torchrun passes on what its processes may have had already, and kills who does not end in time.
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
 
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:

@@ -24,7 +24,7 @@ from modeling.checkpoint import Damaged, checkpoints, read_checkpoint, restore_n
 from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
-from modeling.distributed import any_process, check_same, from_first, is_first, share, sum_over_processes
+from modeling.distributed import any_process, barrier, check_same, from_first, is_first, share, sum_over_processes
 from modeling.drawing import draw_samples
 from modeling.ema import EMA
 from modeling.errors import ConfigError, Stopped, UserError
@@ -121,7 +121,9 @@ class Trainer:
             last = self.step == self.config.steps
             stop = any_process(stop_requested())
             if self.step != saved and (last or stop or self.step % self.config.checkpoint_every == 0):
-                since = self._lap(since, self.parameters + self.ema.shadow)
+                weights = self.parameters + self.ema.shadow
+                check_same(weights, f"the weights after step {self.step}")
+                since = self._lap(since, weights)
                 self._save()
                 saved = self.step
             if stop and not last:
@@ -233,9 +235,9 @@ class Trainer:
             self.reporter.sampled(step, images)
 
     def _save(self) -> None:
-        check_same(self.parameters + self.ema.shadow, f"the weights after step {self.step}")
         if is_first():
             save_checkpoint(self.folder, self.step, self._state())
+        barrier()  # nobody says that all is saved before it is
 
     def _state(self) -> dict[str, Any]:
         return {

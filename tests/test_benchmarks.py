@@ -128,7 +128,7 @@ def test_energy_distance():
 
 def test_the_classifier_knows_real_shapes():
     images, labels = (torch.from_numpy(array) for array in draw_shapes(600, 16, 0, split=0))
-    network = recognition.trained_classifier(images.permute(0, 3, 1, 2), labels, 10, epochs=4)
+    network = recognition.trained_classifier(images.permute(0, 3, 1, 2), labels, 10, epochs=8)
     images, labels = (torch.from_numpy(array) for array in draw_shapes(200, 16, 0, split=1))
     found = recognition.predicted(network, images.permute(0, 3, 1, 2))
     assert (found == labels).double().mean() > 0.9

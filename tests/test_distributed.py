@@ -157,7 +157,7 @@ def test_no_two_parts_of_a_step_drop_the_same(tmp_path):
     assert len(states) == 2 and not torch.equal(*states)
 
 
-LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=150", "trainer.checkpoint_every=10", "trainer.nproc=2"]
+LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=300", "trainer.checkpoint_every=10", "trainer.nproc=2"]
 LONG += ["trainer.log_every=50", "trainer.sample_every=1000", "trainer.evaluate_every=1000"]
 
 
@@ -204,7 +204,7 @@ def test_stops_and_deaths_lose_nothing(tmp_path):
         assert found == code, stdout + stderr
         assert line is None or re.fullmatch(line, stderr.strip()), stderr  # one line
     kept = newest(root)
-    assert f"going on after step {kept}" in main(root, *LONG) and 0 < kept < 150
+    assert f"going on after step {kept}" in main(root, *LONG) and 0 < kept < 300
     for name in ("models/model.safetensors", "reports/train.csv"):
         assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes(), name
 
@@ -230,7 +230,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     stdout, stderr = ("".join(result[k] for result in results) for k in (1, 2))
     assert re.search(r"going on after step [2-9]0", stdout), stdout
     assert stderr.count("another process of this job has ended") <= 1
-    assert rows(tmp_path)[-1]["step"] == 150
+    assert rows(tmp_path)[-1]["step"] == 300
 
 
 ONE_LINE = {
@@ -333,7 +333,7 @@ def test_who_tells(monkeypatch, tmp_path):
     assert launch.may_tell(UserError("x"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert not launch.may_tell(UserError("x"))  # there is no group yet
+    assert not launch.may_tell(ConfigError("x"))  # there is no group yet
     monkeypatch.setenv("MODELING_JOB", str(tmp_path))
     assert not launch.may_tell(Lost("x")) and launch.may_tell(UserError("x")) and not launch.may_tell(UserError("x"))
     monkeypatch.setenv("MODELING_JOB", str(tmp_path / "gone"))
@@ -361,6 +361,8 @@ def test_the_exit_code_is_the_culprits(tmp_path, capsys):
 
     assert [outcome(*codes) for codes in ((0, 0), (0, 75), (69, 2), (75, 1), (69, 75))] == [0, 75, 2, 1, 75]
     assert outcome(69, 69) == 1 and "the processes have lost each other" in capsys.readouterr().err
+    (tmp_path / "lost").write_text("no network")
+    assert outcome(69, 3) == 3 and "error: no network; to go on:" in capsys.readouterr().err
 
 
 def test_dvc_repeats_no_training_for_what_changes_no_result():

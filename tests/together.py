@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modeling import distributed as d
-from modeling.errors import Lost, Stopped, UserError
+from modeling.errors import ConfigError, Lost, Stopped, UserError
 from modeling.quality import Inception, kept_samples, reference_features
 from modeling.signals import poll, stop_requests
 
@@ -86,9 +86,9 @@ def stop_elsewhere(folder):
 
 def lose(folder):
     """The second process dies; the first one notices at once, and only one of those who are left tells."""
-    assert sum(d.from_first(lambda: [int(d.is_first_to_tell())])) == 1
+    assert sum(d.from_first(lambda: [int(d.is_first_to_tell(UserError("x")))])) == 1
     d.barrier()
-    assert not d.is_first_to_tell()
+    assert not d.is_first_to_tell(UserError("x"))
     if d.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     since = time.monotonic()
@@ -98,7 +98,8 @@ def lose(folder):
 
 if __name__ == "__main__":
     folder = Path(os.environ["MODELING_JOB"])
-    assert d.is_first_to_tell() == (os.environ["LOCAL_RANK"] == "0")
+    assert d.is_first_to_tell(ConfigError("x")) == (os.environ["LOCAL_RANK"] == "0")
+    assert d.is_first_to_tell(UserError("x"))  # what no other process may know
     with d.group("cpu", str(folder)):
         for name in sys.argv[1:]:
             globals()[name](folder)
