@@ -5,7 +5,6 @@ A rate is the spread of work per second over the rounds; a ratio compares two co
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -258,18 +257,22 @@ def processes(model: str, size: Size) -> dict[str, Any]:
     batch, steps = (2, 4) if model == "tiny" else (32, 60)
     counts = ("1", "2") if torch.cuda.device_count() != 1 else ("1",)  # a device each
     found: dict[str, list[float]] = {count: [] for count in counts}
-    for k in range(size.rounds):
-        for count in list(found)[:: -1 if k % 2 else 1]:
-            with tempfile.TemporaryDirectory() as folder:
-                common = ["data=shapes", "data.num_train=640", "data.num_test=16", f"model={model}", "sampler=ddim"]
-                rare = [f"trainer.{name}_every={steps}" for name in ("log", "evaluate", "sample", "checkpoint")]
-                few = ["trainer.evaluate_images=2", "trainer.sample_images=1", "trainer.sample_steps=1"]
-                size_of_it = [f"trainer.batch_size={batch}", f"trainer.steps={steps}", f"trainer.nproc={count}"]
-                options = [*common, *rare, *few, *size_of_it, f"out_dir={folder}"]
-                command = [sys.executable, str(ROOT / "main.py"), *options]
-                env = os.environ | {"DVC_ROOT": folder, "WANDB_MODE": "disabled"}
-                for stage in ("prepare", "train"):
-                    subprocess.run([*command, f"stage={stage}"], cwd=folder, env=env, check=True, capture_output=True)
+    common = ["data=shapes", "data.num_train=640", "data.num_test=16", f"model={model}", "sampler=ddim"]
+    rare = [f"trainer.{name}_every={steps}" for name in ("log", "evaluate", "sample", "checkpoint")]
+    few = ["trainer.evaluate_images=2", "trainer.sample_images=1", "trainer.sample_steps=1"]
+    sizes = [f"trainer.batch_size={batch}", f"trainer.steps={steps}"]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(stage: str, count: str, state: str) -> None:
+            options = [*common, *rare, *few, *sizes, f"trainer.nproc={count}", f"out_dir={folder}", f"stage={stage}"]
+            env = os.environ | {"DVC_ROOT": str(Path(folder) / state), "WANDB_MODE": "disabled"}
+            command = [sys.executable, str(ROOT / "main.py"), *options]
+            subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+
+        run("prepare", "1", "state")
+        for k in range(size.rounds):
+            for count in list(found)[:: -1 if k % 2 else 1]:
+                run("train", count, f"state-{count}-{k}")  # a fresh one: else the second went on from the first
                 report = json.loads((Path(folder) / "reports/train.json").read_text())
                 found[count].append(report["train"]["images_per_second"])
     return {count: spread(values) for count, values in found.items()}
@@ -292,7 +295,9 @@ def print_peak(overrides: list[str]) -> None:
     if task.compute.device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 1e6)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        # Not getrusage: Linux gives a process the peak of whoever started it.
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(int(peak.split()[1]) * 1024 / 1e6)
 
 
 def sized(device: torch.device, name: str) -> Size:

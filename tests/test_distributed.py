@@ -157,7 +157,7 @@ def test_no_two_parts_of_a_step_drop_the_same(tmp_path):
     assert len(states) == 2 and not torch.equal(*states)
 
 
-LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=300", "trainer.checkpoint_every=10", "trainer.nproc=2"]
+LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=200", "trainer.checkpoint_every=10", "trainer.nproc=2"]
 LONG += ["trainer.log_every=50", "trainer.sample_every=1000", "trainer.evaluate_every=1000"]
 
 
@@ -204,7 +204,7 @@ def test_stops_and_deaths_lose_nothing(tmp_path):
         assert found == code, stdout + stderr
         assert line is None or re.fullmatch(line, stderr.strip()), stderr  # one line
     kept = newest(root)
-    assert f"going on after step {kept}" in main(root, *LONG) and 0 < kept < 300
+    assert f"going on after step {kept}" in main(root, *LONG) and 0 < kept < 200
     for name in ("models/model.safetensors", "reports/train.csv"):
         assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes(), name
 
@@ -230,7 +230,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     stdout, stderr = ("".join(result[k] for result in results) for k in (1, 2))
     assert re.search(r"going on after step [2-9]0", stdout), stdout
     assert stderr.count("another process of this job has ended") <= 1
-    assert rows(tmp_path)[-1]["step"] == 300
+    assert rows(tmp_path)[-1]["step"] == 200
 
 
 ONE_LINE = {
