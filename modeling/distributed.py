@@ -1,4 +1,4 @@
-"""The processes of one job and what they tell each other: the only module that calls torch.distributed.
+"""The processes of one job and what they tell each other: the only module that calls its collectives.
 
 Every function is right in a single process too, where it does nothing. All of them must be called by all processes, in
 the same order. Randomness is not shared out here: every process knows what is drawn for the whole batch or for sample
@@ -7,25 +7,21 @@ k, and takes its share. Tensors of the CPU travel by gloo, those of CUDA by NCCL
 
 import io
 import os
-import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from modeling.errors import ConfigError, Lost, Stopped, UserError
+from modeling.meeting import TIMEOUT, meet, prepare_machine
 from modeling.signals import STOP_FILE, also_ask
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=6)  # for what one process does alone, such as a download; a dead process is noticed at once
 ASK_EVERY = 0.5  # seconds between looks whether another process was asked to stop
 _store: Any = None
 
@@ -63,27 +59,10 @@ def group(device: str, folder: str | None) -> Iterator[None]:
         Lost: the others do not come.
     """
     global _store
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
     cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        devices = torch.cuda.device_count()
-        if devices < local:
-            raise ConfigError(
-                f"trainer.nproc={local}: this machine has {devices} CUDA devices, one for each process; allowed are 1 "
-                f"to {devices}, or device=cpu"
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # whose sums differ from call to call
-    if local == int(os.environ["WORLD_SIZE"]):
-        # One machine: its name in the network, by which gloo looks for itself, may not resolve.
-        loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0] if loopback else "")
-    url = "env://" if folder is None else f"file://{folder}/store"
+    prepare_machine(cuda)
     with _lost_if_it_fails():
-        shared, index, size = next(
-            rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT)
-        )
-        _store = _own_part(shared, index, size)
+        _store, index, size = meet(folder)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=_store, rank=index, world_size=size, timeout=TIMEOUT)
     with also_ask(_others_asked(None if folder is None else Path(folder) / STOP_FILE)):
@@ -91,42 +70,6 @@ def group(device: str, folder: str | None) -> Iterator[None]:
     # Not after a failure: it would wait for what is gone.
     dist.destroy_process_group()
     _store = None
-
-
-def _own_part(store: Any, rank: int, size: int) -> Any:
-    """The part of a store that this start of the job alone uses.
-
-    After a restart, torchrun's store still holds what the processes before have written, and its count of restarts
-    differs from machine to machine (pytorch/pytorch#135712). So the first process names the part, and tells the name to
-    each of the others under a word that only a living one can know.
-    """
-    word = secrets.token_hex(8)
-    if rank > 0:
-        store.set(f"here/{rank}", word)
-        _wait_until(lambda: store.check([f"part/{word}"]))
-        name = store.get(f"part/{word}").decode()
-        store.set(f"{name}/joined/{rank}", "")
-        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    absent = set(range(1, size))
-
-    def all_joined() -> bool:
-        for k in [*absent]:
-            if store.check([f"{word}/joined/{k}"]):
-                absent.remove(k)
-            elif store.check([f"here/{k}"]):  # it may be the word of a dead process: then it will come again
-                store.set(f"part/{store.get(f'here/{k}').decode()}", word)
-        return not absent
-
-    _wait_until(all_joined)
-    return dist.PrefixStore(word, store)  # type: ignore[attr-defined]
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT.total_seconds()
-    while not condition():  # no poll here: who leaves before all have met leaves the others waiting
-        if time.monotonic() > end:
-            raise RuntimeError("the other processes do not come")
-        time.sleep(0.02)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from PIL import Image
 from test_pipeline import ROOT, SMALL, environment
 from test_training import MODEL, Recorder, make, weights
 
-from modeling import distributed, launch
+from modeling import distributed, launch, meeting
 from modeling.errors import ConfigError, Lost, UserError
 from modeling.settings import TrainerConfig
 
@@ -382,7 +382,7 @@ def test_who_does_not_go_is_killed(tmp_path, monkeypatch, capsys):
 
 
 def test_processes_that_do_not_come_are_waited_for_only_so_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.1))
+    monkeypatch.setattr(meeting, "TIMEOUT", timedelta(seconds=0.1))
     store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
     with pytest.raises(RuntimeError, match="do not come"):
-        distributed._own_part(store, 0, 2)
+        meeting.own_part(store, 0, 2)
