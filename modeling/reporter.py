@@ -22,7 +22,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """The Reporter of all processes but the first."""
+    """A Reporter that does nothing: of all processes but the first, and of benchmarks."""
 
     def started(self, step: int) -> None:
         """See Reporter."""
