@@ -73,7 +73,7 @@ class History:
         for key, label in (("loss", "training loss"), ("held_out_loss", "held-out loss (EMA)")):
             points = [(int(row["step"]), float(row[key])) for row in self.rows if row[key]]
             axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "held_out_loss" else None)
-        axes.set(xlabel="step", ylabel="simple loss", yscale="log")
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
         figure.tight_layout()
