@@ -93,7 +93,6 @@ def training(task: Task) -> Contestant:
 
     def work() -> float:
         trainer._train_step()
-        trainer.step += 1
         if trainer.step % task.config.trainer.log_every == 0:
             trainer.watch.look(trainer.step)
         return task.config.trainer.batch_size

@@ -119,7 +119,6 @@ def step(size: Size) -> dict[str, Any]:
 
     def whole() -> float:
         trainer._train_step()
-        trainer.step += 1
         return 1
 
     network = project.network_only(task)

@@ -20,19 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from modeling.batches import Draws, StepInputs, step_seed
-from modeling.checkpoint import Damaged, checkpoints, read_checkpoint, restore_newest, save_checkpoint
+from modeling.checkpoint import checkpoints
 from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
-from modeling.distributed import any_process, barrier, check_same, from_first, is_first, share, sum_over_processes
+from modeling.distributed import any_process, check_same, from_first, is_first, share, sum_over_processes
 from modeling.drawing import draw_samples
 from modeling.ema import EMA
-from modeling.errors import ConfigError, Stopped, UserError
+from modeling.errors import Stopped, UserError
 from modeling.files import replacing
 from modeling.held_out import held_out_losses
 from modeling.reporter import Reporter
 from modeling.settings import DDIMConfig, OptimizerConfig, TrainerConfig
 from modeling.signals import stop_requested
+from modeling.state import TrainingState
 from modeling.watch import Bad, Watch
 
 EVALUATION_BATCH = 250  # of the held-out loss and
@@ -82,7 +83,9 @@ class Trainer:
         start: Path | None = None,
     ) -> None:
         self.model = model
+        self.ema = EMA(model, config.ema_decay)
         self.optimizer = optimizer
+        self.state = TrainingState(model, self.ema, optimizer, compute.device, about)
         self.optimizer_config = optimizer_config
         self.config = config
         self.seed = seed
@@ -91,20 +94,19 @@ class Trainer:
         self.compute = compute
         self.folder = folder
         self.reporter = reporter
-        self.about = dict(about or {})
         self.start = start
-        self.ema = EMA(model, config.ema_decay)
         self.parameters = list(model.parameters())
-        self.step = 0
-        self.seconds = 0.0
-        # Sums of loss and gradient norm since the last log, and their number.
-        self.sums = torch.zeros(3, dtype=torch.float64, device=compute.device)
         self.watch = Watch()
         # What of the batch goes through the network at a time.
         mine = share(config.batch_size)
         size = config.micro_batch_size or len(mine)
         self.parts = [slice(start, min(start + size, mine.stop)) for start in range(mine.start, mine.stop, size)]
         self.last_row: dict[str, float] = {}
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.state.step
 
     def run(self) -> dict[str, float]:
         """Trains up to `config.steps` and returns the values of the last step.
@@ -113,7 +115,7 @@ class Trainer:
             Stopped: asked to; a checkpoint of the last step is saved.
             UserError: the loss is not finite, or no checkpoint can be written, or none of those that are there be read.
         """
-        self._take_up()
+        self.state.take_up(self.folder, self.start, self.config.steps)
         saved = self.step
         self.reporter.started(self.step)
         since = time.perf_counter()
@@ -124,25 +126,24 @@ class Trainer:
                 weights = self.parameters + self.ema.shadow
                 check_same(weights, f"the weights after step {self.step}")
                 since = self._lap(since, weights)
-                self._save()
+                self.state.save(self.folder)
                 saved = self.step
             if stop and not last:
                 raise self._stopped()
             if self.step and self._due():
                 since = self._lap(since)
-                sums = self.sums.clone()
+                sums = self.state.sums.clone()
                 try:
                     self._report()
                 except Stopped:
                     if self.step != saved:
-                        self.sums.copy_(sums)  # the report will be made again, from the same sums
-                        self._save()
+                        self.state.sums.copy_(sums)  # the report will be made again, from the same sums
+                        self.state.save(self.folder)
                     raise self._stopped() from None
                 since = time.perf_counter()
             if last:
                 return self.last_row
             self._train_step()
-            self.step += 1
             self.reporter.stepped(self.step)
             if len(self.watch) >= LOOK_EVERY:
                 since = self._lap(since)
@@ -165,8 +166,10 @@ class Trainer:
         self.optimizer.step()
         self.ema.update()
         values = torch.stack([loss, norm, torch.ones_like(norm)])
-        self.sums += values
+        self.state.sums += values
         self.watch.add(values)
+        self.state.step += 1
+        self.state.images += self.config.batch_size
 
     def _pass(self, inputs: StepInputs, part: slice) -> Tensor:
         """What a part of the batch adds to the step's loss; its gradient is added to the parameters'."""
@@ -186,7 +189,7 @@ class Trainer:
         if bad is not None:
             raise self._diverged(bad)
         now = time.perf_counter()
-        self.seconds += now - since
+        self.state.seconds += now - since
         return now
 
     def _diverged(self, bad: Bad) -> UserError:
@@ -214,74 +217,22 @@ class Trainer:
         last = step == c.steps
         row = {
             "step": step,
-            "images": step * c.batch_size,
+            "images": self.state.images,
             "lr": learning_rate(self.optimizer_config, step - 1, c.steps),
         }
         if last or step % c.log_every == 0:
-            loss, norm, count = self.sums.tolist()
+            loss, norm, count = self.state.sums.tolist()
             row |= {"loss": loss / max(count, 1), "grad_norm": norm / max(count, 1)}
-            self.sums.zero_()
+            self.state.sums.zero_()
         if last or step % c.evaluate_every == 0:
             with self.ema.swapped_in():
                 losses, _ = held_out_losses(self.model, self.test, EVALUATION_BATCH, self.compute)
             row["held_out_loss"] = losses.double().mean().item()
         self.last_row = row
-        self.reporter.logged(step, row, self.seconds)
+        self.reporter.logged(step, row, self.state.seconds)
         if last or step % c.sample_every == 0:
             with self.ema.swapped_in():
                 sampler = DDIMConfig("ddim", c.sample_steps, True, c.sample_images, SAMPLING_BATCH, seed=0)
                 shape = self.test.images.shape[1:]
                 images = draw_samples(self.model, sampler, range(c.sample_images), shape, self.compute)
             self.reporter.sampled(step, images)
-
-    def _save(self) -> None:
-        if is_first():
-            save_checkpoint(self.folder, self.step, self._state())
-        barrier()  # nobody says that all is saved before it is
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "about": self.about,
-            "step": self.step,
-            "images": self.step * self.config.batch_size,
-            "seconds": self.seconds,
-            "sums": self.sums.cpu(),
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def _take_up(self) -> None:
-        """Restores a checkpoint if there is one. All processes go on from what the first has found."""
-        if is_first() and not restore_newest(self.folder, self._restore) and self.start is not None:
-            self._start_from(self.start)
-        state = from_first(self._state)
-        if not is_first():
-            self._restore(state)
-
-    def _start_from(self, path: Path) -> None:
-        try:
-            self._restore(read_checkpoint(path))
-        except Damaged as error:
-            raise ConfigError(f"trainer.resume={path}: {error}") from None
-        if self.step > self.config.steps:
-            raise ConfigError(f"trainer.resume={path}: it is of step {self.step}, trainer.steps={self.config.steps}")
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Takes over a checkpoint's state; the settings of the optimizer remain those of the configuration."""
-        groups = self.optimizer.param_groups
-        try:
-            if {*state["optimizer"]["param_groups"][0]} != {*groups[0]}:
-                raise ValueError("it is of another optimizer")
-            self.model.load_state_dict(state["model"])
-            self.ema.load_state_dict(state["ema"])
-            settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update(setting)
-            self.sums.copy_(state["sums"])
-            self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise Damaged(" ".join(str(error).split())[:120]) from None

@@ -282,7 +282,7 @@ def run_together(tmp_path, *names):
 
 
 def test_what_processes_tell_each_other(tmp_path):
-    for code, stdout, stderr in run_together(tmp_path, "exchange", "quality", "stop_elsewhere"):
+    for code, stdout, stderr in run_together(tmp_path, "exchange", "save", "quality", "stop_elsewhere"):
         assert code == 0 and "good" in stdout, stderr
 
 

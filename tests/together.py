@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from modeling import distributed as d
+from modeling.checkpoint import read_checkpoint
+from modeling.ema import EMA
 from modeling.errors import ConfigError, Lost, Stopped, UserError
 from modeling.quality import Inception, kept_samples, reference_features
 from modeling.signals import poll, stop_requests
+from modeling.state import TrainingState
 
 
 def raises(kind, what):
@@ -82,6 +85,22 @@ def stop_elsewhere(folder):
 
     with stop_requests():
         raises(Stopped, lambda: d.sharded(4, work))
+
+
+def save(folder):
+    """However long the first process writes, the second goes on only when the checkpoint is there."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    state = TrainingState(model, EMA(model, 0.9), optimizer, torch.device("cpu"))
+    state.step = 1
+    if d.is_first():
+        time.sleep(1)
+    state.save(folder / "state")
+    assert read_checkpoint(folder / "state" / "step-000000001.pt")["step"] == 1
+    d.barrier()
+    again = TrainingState(nn.Linear(2, 2), EMA(model, 0.9), optimizer, torch.device("cpu"))
+    again.take_up(folder / "state" if d.is_first() else Path(), None, 2)
+    assert again.step == 1 and torch.equal(again.model.weight, d.from_first(lambda: model.weight.detach()))
 
 
 def lose(folder):
