@@ -39,7 +39,7 @@ def train(overrides: tuple[str, ...]) -> list[dict[str, float]]:
     config = configure("data=shapes", *overrides)
     (images, _), (test, labels), _ = shapes(config.data.num_train, config.data.num_test, config.data.image_size, 0)
     held_out = LabelledImages(torch.from_numpy(test).permute(0, 3, 1, 2), torch.from_numpy(labels))
-    task = Task(config, images, choose_compute(config.device, config.precision))
+    task = Task(config, images, choose_compute(config.device, config.precision, config.deterministic))
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(task, Path(folder), recorder, held_out).run()

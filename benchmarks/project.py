@@ -58,7 +58,7 @@ def make_task(overrides: Sequence[str], image_size: int = 32, num_images: int = 
     """The embedded shapes under a configuration: no download, and the pixels do not matter to speed."""
     config = configure("data=shapes", f"precision={precision}", *overrides)
     (images, _), _, _ = shapes(num_images, 1, image_size, 0)
-    return Task(config, images, choose_compute(config.device, config.precision))
+    return Task(config, images, choose_compute(config.device, config.precision, config.deterministic))
 
 
 def make_trainer(

@@ -57,7 +57,7 @@ def predicted(network: nn.Module, images: Tensor) -> Tensor:
 def measure(count: int, epochs: int, overrides: list[str]) -> dict[str, Any]:
     """Accuracies on the test images and on `count` samples, in all and by class."""
     config = configure(*overrides)
-    compute = choose_compute(config.device, config.precision)
+    compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, data = trained_model(config, Path(config.out_dir or "."))
     if not model.num_classes:
         raise ConfigError("the model is not class-conditional: train one with model.class_conditional=true")

@@ -58,7 +58,7 @@ def energy_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 def compare(images: int, overrides: list[str], choices: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Runs every sampler; see the head of this module."""
     config = configure(*overrides)
-    compute = choose_compute(config.device, config.precision)
+    compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, data = trained_model(config, Path(config.out_dir or "."))
     source = ensure_prepared(config, data)
     height, width, channels = meta["image_shape"]

@@ -49,7 +49,7 @@ def child(start: float, overrides: list[str]) -> None:
     from benchmarks.project import Task, make_trainer
     from modeling.device import choose_compute
 
-    trainer = make_trainer(Task(config, images, choose_compute(config.device, config.precision)))
+    trainer = make_trainer(Task(config, images, choose_compute(config.device, config.precision, config.deterministic)))
     marks.append(("network", time.time()))
     trainer._train_step()
     trainer.watch.look(1)

@@ -100,7 +100,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def run(minutes: float, folder: Path, overrides: list[str]) -> bool:
     """One part. Returns whether all of trainer.steps are done."""
     config = configure(*overrides)
-    compute = choose_compute(config.device, config.precision)
+    compute = choose_compute(config.device, config.precision, config.deterministic)
     source = ensure_prepared(config, config.data)
     meta = read_prepared(source)
     model = build_model(config.model, config.diffusion, meta["shape"], len(meta["classes"]), config.seed)

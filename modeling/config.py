@@ -33,7 +33,7 @@ from modeling.settings import (
     TrainerConfig,
 )
 
-TOP = {"stage": str, "seed": int, "device": str, "precision": str}
+TOP = {"stage": str, "seed": int, "device": str, "precision": str, "deterministic": bool}
 
 
 def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:

@@ -1,5 +1,8 @@
-"""Where to compute and in which precision: one choice, made once, for training, sampling and evaluation."""
+"""Where to compute, in which precision and how: one choice, made once, for training, sampling and evaluation."""
 
+import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 
 from modeling.errors import ConfigError
 
+log = logging.getLogger(__name__)
 PLACE_AT_MOST = 2**30  # bytes of a data set that a CPU run copies to memory; a larger one stays in its file
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -47,6 +51,30 @@ class Compute:
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         return model.to(self.device).to(memory_format=layout)
 
+    def compiled(self, module: nn.Module, wanted: bool | None) -> Callable[..., Tensor]:
+        """The module as it is, or its forward and backward pass compiled by torch.compile (TorchInductor).
+
+        The two share their weights. Rounding differs between them, and dropout draws other numbers.
+
+        Args:
+            module: on the device.
+            wanted: None: on CUDA, if a compiler works there.
+
+        Raises:
+            ConfigError: it is wanted, and no compiler works here.
+        """
+        if wanted is False or (wanted is None and self.device.type != "cuda"):
+            return module
+        reason = _cannot_compile(self.device)
+        if reason is None:
+            log.info("compiling the training step: the first one takes a minute or more")
+            compiled: Callable[..., Tensor] = torch.compile(module)
+            return compiled
+        if wanted:
+            raise ConfigError(f"trainer.compile=true: torch.compile does not work here ({reason}); allowed is false")
+        log.warning("torch.compile does not work here (%s): training without it", reason)
+        return module
+
     def describe(self) -> str:
         """For people: the device and the precision."""
         cuda = self.device.type == "cuda"
@@ -54,8 +82,23 @@ class Compute:
         return f"{name}, {'bf16 autocast' if self.bf16 else 'float32'}"
 
 
-def choose_compute(device: str, precision: str) -> Compute:
+def _cannot_compile(device: torch.device) -> str | None:
+    """Why the smallest of functions cannot be compiled, or None: found out before a training depends on it."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, an old driver: each has a type of its own
+        return " ".join(str(error).split())[:160] or type(error).__name__
+    return None
+
+
+def choose_compute(device: str, precision: str, deterministic: bool = False) -> Compute:
     """Resolves `auto`: CUDA where there is one; bf16 where the hardware computes in it.
+
+    Args:
+        device: auto, cpu or cuda.
+        precision: auto, bf16 or fp32.
+        deterministic: for the rest of this process, the same bits each time on CUDA too, which is slower; if not, the
+            fastest of cuDNN's kernels are searched for. A CPU gives the same bits in any case.
 
     Raises:
         ConfigError: CUDA or bf16 is asked for and not there.
@@ -65,7 +108,11 @@ def choose_compute(device: str, precision: str) -> Compute:
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")
     # "cuda" is the current device; each of several processes has made another one that: see distributed.py.
     chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    torch.use_deterministic_algorithms(deterministic)
     if chosen.type == "cuda":
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+        torch.backends.cudnn.benchmark = not deterministic
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:
             raise ConfigError("precision=bf16: this CUDA device has none; allowed are auto, fp32")

@@ -33,6 +33,7 @@ def recipe_parts(config: Config, data_sha256: dict[str, str], start: Path | None
     return {
         "seed": config.seed,
         "precision": config.precision,
+        "deterministic": config.deterministic,
         "data": data_sha256,
         "model": model,
         "diffusion": diffusion,

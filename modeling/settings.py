@@ -104,6 +104,7 @@ class TrainerConfig:
     sample_steps: int
     checkpoint_every: int
     resume: str = "auto"
+    compile: bool | None = None
     micro_batch_size: int | None = None
     nproc: int = 1
 
@@ -154,6 +155,7 @@ class Config:
     seed: int
     device: str
     precision: str
+    deterministic: bool
     data: DataConfig
     model: ModelConfig
     diffusion: DiffusionConfig

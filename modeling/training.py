@@ -96,6 +96,7 @@ class Trainer:
         self.reporter = reporter
         self.start = start
         self.parameters = list(model.parameters())
+        self.forward = compute.compiled(model, config.compile)
         self.watch = Watch()
         # What of the batch goes through the network at a time.
         mine = share(config.batch_size)
@@ -177,7 +178,7 @@ class Trainer:
         stream = f"dropout {part.start}" if part.start else "dropout"
         torch.manual_seed(step_seed(self.seed, stream, self.step))
         with self.compute.autocast():
-            losses: Tensor = self.model(*inputs.part(part))
+            losses = self.forward(*inputs.part(part))
         loss = losses.mean() * ((part.stop - part.start) / self.config.batch_size)
         loss.backward()
         detached: Tensor = loss.detach()

@@ -62,6 +62,32 @@ def test_cuda_is_chosen_and_described_where_it_is(monkeypatch):
     assert compute.place(big) is big
 
 
+def test_deterministic_kernels_are_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for asked in (True, False):
+        choose_compute("auto", "auto", asked)
+        assert torch.are_deterministic_algorithms_enabled() is asked
+        assert torch.backends.cudnn.benchmark is not asked
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_where_no_compiler_works_training_goes_without_unless_it_was_asked_for(monkeypatch, caplog):
+    def broken(function):
+        raise RuntimeError("no C++ compiler\nfound")
+
+    model = torch.nn.Linear(1, 1)
+    assert CPU.compiled(model, None) is model and CPU.compiled(model, False) is model
+    monkeypatch.setattr(torch, "compile", broken)
+    assert Compute(torch.device("cuda"), False).compiled(model, None) is model
+    assert "does not work here (no C++ compiler found): training without it" in caplog.text
+    with pytest.raises(ConfigError, match="trainer.compile=true: torch.compile does not work here"):
+        CPU.compiled(model, True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with CUDA")
 def test_cuda_trains_and_samples_as_the_cpu_does():
     model = build_model(ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4), COSINE, (8, 8, 3), 0, 0)

@@ -17,7 +17,7 @@ from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
 from modeling.drawing import draw_samples
-from modeling.errors import Stopped, UserError
+from modeling.errors import ConfigError, Stopped, UserError
 from modeling.held_out import held_out_losses, held_out_timesteps
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import (
@@ -291,6 +291,38 @@ def test_training_on_cuda_goes_on_where_it_stopped(tmp_path):
     rest.run()
     assert all(p.is_cuda for p in rest.parameters)
     assert torch.allclose(weights(rest), weights(whole), atol=1e-6)  # bit for bit needs deterministic kernels
+
+
+def test_a_compiled_run_goes_on_bit_for_bit_and_agrees_with_one_that_is_not(tmp_path, record_deviation):
+    """With a compiler on the machine; without one, asking for it is refused by name before any work."""
+    smallest = ModelConfig("test", 8, [1], 1, [], 1, 0.0, 4)
+    torch.compiler.reset()
+
+    def run(name, recorder, model, **changes):
+        trainer = make(tmp_path / name, recorder, model=model, steps=6, checkpoint_every=3, **changes)
+        trainer.run()
+        return trainer
+
+    try:
+        compiled, plain = Recorder(), Recorder()
+        run("compiled", compiled, smallest, compile=True)
+    except ConfigError as error:
+        assert "trainer.compile=true: torch.compile does not work here" in str(error)
+        return
+    run("plain", plain, smallest, compile=False)
+    for step, row in plain.rows.items():
+        deviation = max(abs(compiled.rows[step][key] / value - 1) for key, value in row.items() if value)
+        record_deviation("compiled: losses, gradient norms", deviation)
+        assert deviation < 1e-4
+    dropping = dataclasses.replace(smallest, dropout=0.5)
+    whole = run("whole", Recorder(), dropping, compile=True)
+    part = Recorder()
+    part.stop_at = 3
+    with stop_requests(), pytest.raises(Stopped):
+        run("part", part, dropping, compile=True)
+    torch.compiler.reset()  # as in another process
+    part.stop_at = None
+    assert torch.equal(weights(run("part", part, dropping, compile=True)), weights(whole))
 
 
 def test_learning_rate():

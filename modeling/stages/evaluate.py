@@ -36,7 +36,7 @@ def run(config: Config, out: Path) -> None:
     Raises:
         UserError: bad model file, data that does not fit it, or an output that cannot be written.
     """
-    compute = choose_compute(config.device, config.precision)
+    compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, data = trained_model(config, out)
     source = ensure_prepared(config, data)
     prepared = read_prepared(source)

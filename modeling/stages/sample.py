@@ -77,7 +77,7 @@ def run(config: Config, out: Path) -> None:
     Raises:
         UserError: bad model file, or the output cannot be written.
     """
-    compute = choose_compute(config.device, config.precision)
+    compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, _ = trained_model(config, out)
     folder = out / "samples"
     if is_first():

@@ -47,7 +47,7 @@ def run(config: Config, out: Path) -> None:
     """
     if config.model.weights is not None:
         raise ConfigError(f"model.weights={config.model.weights}: for stage=sample and stage=evaluate only")
-    compute = choose_compute(config.device, config.precision)
+    compute = choose_compute(config.device, config.precision, config.deterministic)
     source = ensure_prepared(config, config.data)
     meta = read_prepared(source)
     model = build_model(config.model, config.diffusion, meta["shape"], len(meta["classes"]), config.seed)
