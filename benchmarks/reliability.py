@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -42,23 +43,24 @@ STEPS = 1000  # that are timed: the ends of ten log intervals and of one checkpo
 class Marked(Reports):
     """Notes the time and the resident memory of this process at every step."""
 
-    marks: list[tuple[float, int]] = []  # noqa: RUF012  # one run a process
+    marks = np.zeros((100_000, 2))  # of one run; not a list, whose growth would be measured too
     process = psutil.Process()
 
     def stepped(self, step: int) -> None:
         """See Reporter."""
         super().stepped(step)
-        self.marks.append((time.perf_counter(), self.process.memory_info().rss))
+        self.marks[step - 1] = time.perf_counter(), self.process.memory_info().rss
 
 
-def marks(*overrides: str) -> list[tuple[float, int]]:
-    """Runs the real train stage in a throw-away folder."""
+def marks(*overrides: str) -> Any:
+    """Runs the real train stage in a throw-away folder. Returns [steps, 2]: seconds, and resident bytes, after each."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = folder
         os.environ.pop("WANDB_MODE", None)
         train.Reports = Marked  # type: ignore[misc]  # the stage's reports, with a clock
-        train.run(configure(*overrides), Path(folder) / "out")
-    return Marked.marks
+        config = configure(*overrides)
+        train.run(config, Path(folder) / "out")
+    return Marked.marks[: config.trainer.steps]
 
 
 def speed(*overrides: str) -> float:
@@ -84,9 +86,9 @@ def cost(rounds: int) -> dict[str, Any]:
 def memory(steps: int) -> dict[str, Any]:
     """Mean resident memory, in MB, over each thousand steps."""
     found = marks(*SMALL, *DEFAULTS, "trainer.log_every=10", "trainer.checkpoint_every=100", f"trainer.steps={steps}")
-    rss = [mark[1] / 1e6 for mark in found]
-    means = [sum(rss[k : k + 1000]) / len(rss[k : k + 1000]) for k in range(0, len(rss), 1000)]
-    return {"steps": steps, "mean_mb": [round(mean, 1) for mean in means], "peak_mb": round(max(rss), 1)}
+    rss = found[:, 1] / 1e6
+    means = [rss[k : k + 1000].mean() for k in range(0, len(rss), 1000)]
+    return {"steps": steps, "mean_mb": [round(float(m), 1) for m in means], "peak_mb": round(float(rss.max()), 1)}
 
 
 def main() -> None:

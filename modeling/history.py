@@ -16,7 +16,7 @@ KEPT = (*COLUMNS, "seconds")  # of training so far
 
 
 class History:
-    """The rows of training so far.
+    """The rows of training so far, on disk: memory does not grow with them.
 
     Args:
         path: the CSV.
@@ -28,11 +28,15 @@ class History:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.rows: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="", errors="replace") as file:
-                self.rows = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) < step]
-        write_atomic(path, _text(KEPT, self.rows).encode())
+        kept = [row for row in self.rows() if int(row["step"]) < step]
+        write_atomic(path, _text(KEPT, kept).encode())
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows, by step; those that a kill has cut short are left out."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", errors="replace") as file:
+            return [row for row in csv.DictReader(file) if _whole(row)]
 
     def add(self, row: Mapping[str, float]) -> dict[str, str]:
         """Appends a row, with nine digits a value, to the disk and returns it.
@@ -40,15 +44,15 @@ class History:
         Raises:
             UserError: it cannot be written.
         """
-        self.rows.append({key: "" if key not in row else f"{row[key]:.9g}" for key in KEPT})
+        added = {key: "" if key not in row else f"{row[key]:.9g}" for key in KEPT}
         try:
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, KEPT).writerow(self.rows[-1])
+                csv.DictWriter(file, KEPT).writerow(added)
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint of a later step must not outlive the row
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        return self.rows[-1]
+        return added
 
     def publish(self, path: Path) -> None:
         """Writes the rows without their times.
@@ -56,7 +60,7 @@ class History:
         Raises:
             UserError: it cannot be written.
         """
-        write_atomic(path, _text(COLUMNS, self.rows).encode())
+        write_atomic(path, _text(COLUMNS, self.rows()).encode())
 
     def plot(self, path: Path) -> None:
         """Draws the training loss and the held-out loss over the steps, as a PNG.
@@ -69,9 +73,10 @@ class History:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt  # after the choice of a backend without a screen
 
+        rows = self.rows()
         figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
         for key, label in (("loss", "training loss"), ("held_out_loss", "held-out loss (EMA)")):
-            points = [(int(row["step"]), float(row[key])) for row in self.rows if row[key]]
+            points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
             axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "held_out_loss" else None)
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3, which="both")

@@ -69,7 +69,7 @@ class Reports:
         if self.tracker.lacks(0):
             self.tracker.image("inputs", image_grid(self.examples), 0)
         pictures = {step_of(path): path for path in self._pictures()}
-        for row in self.history.rows:
+        for row in self.history.rows():
             if self.tracker.lacks(int(row["step"])):
                 self._track(row, pictures.get(int(row["step"])))
         if self.tracker.folder is not None:
