@@ -6,6 +6,7 @@ comes, an EMA parameter by parameter, `.item()` at every step. All train with Ad
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,8 @@ USUAL = (transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.No
 def batches(images: Any, batch_size: int, steps: tuple[Any, ...] = USUAL, workers: int = 0) -> Iterator[Tensor]:
     """torchvision's way, for ever: float32 [N, C, H, W] in [-1, 1]."""
     dataset = PILImages(images, transforms.Compose(steps))
-    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    pin = workers > 0 and torch.cuda.is_available()
+    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers, pin_memory=pin)
     while True:
         yield from loader
 
@@ -139,7 +141,7 @@ def ddpm_pytorch_training(task: Task, bf16: bool = False) -> Contestant:
         transforms.CenterCrop(size),
         transforms.ToTensor(),
     )
-    source = batches(task.images, n, prepare)
+    source = batches(task.images, n, prepare, workers=os.cpu_count() or 1)
 
     def work() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

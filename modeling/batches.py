@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from modeling.data import LabelledImages
-from modeling.device import Compute
+from modeling.device import Compute, send
 from modeling.images import to_model
 from modeling.settings import TrainerConfig
 
 
 def step_seed(seed: int, stream: str, step: int) -> int:
-    """A 63-bit seed for what happens in one step; streams of different names never meet."""
+    """A 63-bit seed for what happens in one step of one stream. A CPU's generator takes the low 32 bits of it."""
     key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big")
     words = np.random.SeedSequence([seed, key, step]).generate_state(2, np.uint32)
     return (int(words[0]) << 31) ^ int(words[1])
@@ -78,13 +78,13 @@ class BatchSource:
 
     def batch(self, step: int) -> Tensor:
         """float32 [B, C, H, W] in [-1, 1], on the device of the images."""
-        images = self.images.index_select(0, self.indices(step).to(self.images.device))
+        images = self.images.index_select(0, send(self.indices(step), self.images.device))
         if self.random_flip:
             generator = torch.Generator().manual_seed(step_seed(self.seed, "flip", step))
             flip = torch.rand(self.batch_size, generator=generator) < 0.5
             # Each image from the batch or from the mirrored one behind it: faster as bytes than torch.where on floats.
             source = torch.arange(self.batch_size) + self.batch_size * flip
-            images = torch.cat([images, images.flip(3)]).index_select(0, source.to(images.device))
+            images = torch.cat([images, images.flip(3)]).index_select(0, send(source, images.device))
         return to_model(images.contiguous())
 
 
@@ -133,7 +133,7 @@ class Draws:
     def step(self, step: int) -> StepInputs:
         """The inputs of step `step` (0-based)."""
         device = self.compute.device
-        x_0 = self.batches.batch(step).to(device)
+        x_0 = send(self.batches.batch(step), device)
         generator = self.compute.generator(step_seed(self.seed, "noise", step))
         stratified = self.config.timestep_sampling == "stratified"
         t = draw_timesteps(len(x_0), self.num_timesteps, stratified, generator)
@@ -145,4 +145,4 @@ class Draws:
         generator = torch.Generator().manual_seed(step_seed(self.seed, "label dropout", step))
         labels = self.batches.labels(step)
         dropped = torch.rand(len(labels), generator=generator) < self.config.label_dropout
-        return torch.where(dropped, self.num_classes, labels).to(self.compute.device)
+        return send(torch.where(dropped, self.num_classes, labels), self.compute.device)

@@ -121,7 +121,7 @@ def _check(c: Config) -> None:
     n = c.evaluation.bpd_timesteps
     _require(n is None or n > 0, "evaluation.bpd_timesteps", n, "must be at least 1, or null for all")
     n = c.evaluation.fid_samples
-    _require(n is None or n > 1, "evaluation.fid_samples", n, "must be at least 2, or null to leave FID out")
+    _require(n is None or n >= 10, "evaluation.fid_samples", n, "must be at least 10, or null to leave FID out")
     digest = c.evaluation.inception_sha256
     good = re.fullmatch("[0-9a-f]{8,64}", digest) is not None
     _require(good, "evaluation.inception_sha256", digest, "must be 8 to 64 hexadecimal digits")

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +94,7 @@ def folder(path: Path, test_fraction: float) -> tuple[Split, Split, list[str]]:
     if num_test >= len(files):
         raise UserError(f"{path} holds {len(files)} images: too few to set {num_test} aside for testing")
     stacked = np.stack(images)
-    test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
+    test, train = order[:num_test], order[num_test:]  # shuffled: the first test images are of all classes
     return (stacked[train], labels[train]), (stacked[test], labels[test]), classes
 
 
@@ -166,7 +166,7 @@ def read_prepared(source: Path) -> dict[str, Any]:
 
 
 def load_split(source: Path, split: str) -> LabelledImages:
-    """The images and labels of a prepared folder, the images memory-mapped.
+    """The images and labels of a prepared folder, verified by their SHA-256; the images are memory-mapped.
 
     Args:
         source: a prepared folder.
@@ -178,14 +178,19 @@ def load_split(source: Path, split: str) -> LabelledImages:
     Raises:
         UserError: missing or damaged.
     """
-    path = source / f"{split}.npy"
-    try:
-        # "c" maps copy-on-write: the tensor may be written to, the file never is.
-        images = torch.from_numpy(np.load(path, mmap_mode="c")).permute(0, 3, 1, 2)
-        path = source / f"{split}_labels.npy"
-        return LabelledImages(images, torch.from_numpy(np.load(path)))
-    except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): run stage=prepare again") from None
+    digests = read_prepared(source).get("sha256", {})
+
+    def load(stem: str, mmap_mode: Literal["c"] | None) -> Tensor:
+        path = source / f"{stem}.npy"
+        try:
+            if _sha256(path) != digests.get(stem):
+                raise ValueError("its SHA-256 is not the one in data.json")
+            return torch.from_numpy(np.load(path, mmap_mode))
+        except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): run stage=prepare again") from None
+
+    # "c" maps copy-on-write: the tensor may be written to, the file never is.
+    return LabelledImages(load(split, "c").permute(0, 3, 1, 2), load(f"{split}_labels", None))
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,13 @@ PLACE_AT_MOST = 2**30  # bytes of a data set that a CPU run copies to memory; a 
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From CPU to CUDA without waiting for what the device has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Compute:
     """A device, and whether its networks run under bf16 autocast."""

@@ -6,6 +6,7 @@ models, such as google/ddpm-cifar10-32, is read too. What cannot be expressed is
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from modeling.files import write_atomic
 from modeling.schedule import sigmoid_betas
 from modeling.unet import NORM_EPS
 
+log = logging.getLogger(__name__)
 VERSION = "0.42.1"  # of the library that the tests compare with
 # What our network is, in the words of UNet2DModel, and the library's own default of each.
 FIXED: dict[str, tuple[Any, Any]] = {
@@ -105,8 +107,11 @@ def _diffusion_config(c: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 return name
         raise UserError(f"{folder}: {key}={value} in scheduler_config.json; allowed are {', '.join(table.values())}")
 
-    if c.get("trained_betas") is not None:
-        raise UserError(f"{folder}: trained_betas in scheduler_config.json cannot be read")
+    for key, plain in (("trained_betas", None), ("rescale_betas_zero_snr", False), ("thresholding", False)):
+        if c.get(key, plain) != plain:
+            raise UserError(f"{folder}: {key}={str(c[key])[:40]} in scheduler_config.json cannot be read")
+    if not c.get("clip_sample", True):
+        log.warning("%s: its scheduler does not clip x_0: sampler.clip_denoised=false does the same", folder)
     config: dict[str, Any] = {
         "schedule": ours(SCHEDULES, "beta_schedule", "linear"),
         "num_timesteps": c.get("num_train_timesteps", 1000),

@@ -74,7 +74,7 @@ def bits_per_dim(
         "bits_per_dim_stderr": total.std().item() / math.sqrt(n),
         "bits_per_dim_parts": {"prior": prior, "middle": middle_mean, "decoder": decoder_mean},
         "bits_per_dim_images": n,
-        "bits_per_dim_timesteps": timesteps or model.schedule.num_timesteps,
+        "bits_per_dim_timesteps": min(timesteps or model.schedule.num_timesteps, model.schedule.num_timesteps),
     }
 
 

@@ -33,7 +33,7 @@ def prepare_machine(cuda: bool) -> None:
                 f"to {devices}, or device=cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # whose sums differ from call to call
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # whose sums differ from call to call
     if local == int(os.environ["WORLD_SIZE"]):
         # One machine: its name in the network, by which gloo looks for itself, may not resolve.
         loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling.files import write_atomic
-from modeling.settings import Config, DataConfig, FolderConfig
+from modeling.settings import Config, DataConfig, FolderConfig, ShapesConfig
 
 
 def state_root() -> Path:
@@ -30,6 +30,8 @@ def prepared_data(config: Config, data: DataConfig) -> Path:
     if isinstance(data, FolderConfig):
         files = sorted(p for p in Path(data.path).rglob("*") if p.is_file())
         key["files"] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    if isinstance(data, ShapesConfig):
+        key["code"] = (Path(__file__).parent / "shapes.py").read_text()  # that draws them
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return state_root() / "runs" / "data" / f"{data.name}-{digest}"
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 TRAINS = ("batch_size", "ema_decay", "random_flip", "timestep_sampling", "label_dropout")  # of the trainer group
 
 
-def recipe_parts(config: Config, data_sha256: dict[str, str], start: Path | None) -> dict[str, Any]:
+def recipe_parts(config: Config, bf16: bool, data_sha256: dict[str, str], start: Path | None) -> dict[str, Any]:
     """All of the input that determines a run's weights: not its duration, its logging or its device."""
     model, diffusion = dataclasses.asdict(config.model), dataclasses.asdict(config.diffusion)
     del model["name"], model["weights"]
@@ -32,7 +32,7 @@ def recipe_parts(config: Config, data_sha256: dict[str, str], start: Path | None
     trainer = {key: getattr(config.trainer, key) for key in TRAINS}
     return {
         "seed": config.seed,
-        "precision": config.precision,
+        "precision": "bf16" if bf16 else "fp32",  # what `auto` means here
         "deterministic": config.deterministic,
         "data": data_sha256,
         "model": model,
@@ -64,16 +64,17 @@ class Run:
 
     Args:
         config: the whole configuration.
+        bf16: whether it trains in bf16.
         data_sha256: of the prepared arrays.
 
     Raises:
         ConfigError: trainer.resume names a file that is not there.
     """
 
-    def __init__(self, config: Config, data_sha256: dict[str, str]) -> None:
+    def __init__(self, config: Config, bf16: bool, data_sha256: dict[str, str]) -> None:
         self.config = config
         self.start = start_checkpoint(config)
-        parts = recipe_parts(config, data_sha256, self.start)
+        parts = recipe_parts(config, bf16, data_sha256, self.start)
         self.recipe = fingerprint(parts)
         self.name = fingerprint(parts | {"code": [code_hash("training"), code_hash("build")]})
         self.folder = state_root() / "runs" / self.name

@@ -76,4 +76,6 @@ def command_again(typed: Sequence[str] | None = None) -> str:
         return "the same dvc command"
     if "MASTER_ADDR" in os.environ:
         return "the same torchrun command"
-    return shlex.join(["python", *(typed or sys.argv)])
+    # "never" would begin at step 0 once more.
+    words = [word.replace("trainer.resume=never", "trainer.resume=auto") for word in typed or sys.argv]
+    return shlex.join(["python", *words])

@@ -4,17 +4,20 @@ What is not in it needs no saving: order, flips, time steps, noise and dropout a
 processes, each has the whole state and the first alone saves it.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modeling.checkpoint import Damaged, read_checkpoint, restore_newest, save_checkpoint
 from modeling.distributed import barrier, from_first, is_first
 from modeling.ema import EMA
 from modeling.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class TrainingState:
@@ -88,11 +91,22 @@ class TrainingState:
             "step": self.step,
             "images": self.images,
             "seconds": self.seconds,
+            "device": self.sums.device.type,
             "sums": self.sums.cpu(),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+
+    def _lay_out_moments(self) -> None:
+        """Gives the optimizer's state the memory layout of the parameters: fused kernels take it for granted.
+
+        The layout of a CPU's checkpoint is another one than that of CUDA.
+        """
+        for parameter, moments in self.optimizer.state.items():
+            for key, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    moments[key] = torch.empty_like(parameter).copy_(value)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave; the settings of the optimizer remain those of the configuration.
@@ -110,6 +124,11 @@ class TrainingState:
             self.optimizer.load_state_dict(state["optimizer"])
             for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
                 group.update(setting)
+            self._lay_out_moments()
+            if state["device"] != self.sums.device.type:
+                log.warning(
+                    "the state was made on %s: other random numbers on %s", state["device"], self.sums.device.type
+                )
             self.sums.copy_(state["sums"])
             self.step, self.images, self.seconds = int(state["step"]), int(state["images"]), float(state["seconds"])
         except torch.OutOfMemoryError:

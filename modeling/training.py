@@ -150,7 +150,8 @@ class Trainer:
                 since = self._lap(since)
 
     def _stopped(self) -> Stopped:
-        return Stopped(f"stopped after step {self.step}, all work is saved")
+        how = " (trainer.resume=auto goes on from it)" if self.config.resume == "never" else ""
+        return Stopped(f"stopped after step {self.step}, all work is saved{how}")
 
     def _train_step(self) -> None:
         step = self.step

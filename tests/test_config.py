@@ -92,7 +92,7 @@ BAD = {
     "sampler.seed=-1": "sampler.seed=-1: must not be negative",
     "sampler.num_samples=0": "sampler.num_samples=0: must be greater than 0",
     "evaluation.bpd_images=0": "evaluation.bpd_images=0: must be at least 2",
-    "evaluation.fid_samples=1": "evaluation.fid_samples=1: must be at least 2",
+    "evaluation.fid_samples=9": "evaluation.fid_samples=9: must be at least 10",
     "evaluation.inception_sha256=xyz": "evaluation.inception_sha256=xyz: must be 8 to 64 hexadecimal digits",
     "wandb.mode=on": "wandb.mode=on: allowed are online, offline, disabled",
     "wandb.timeout=0": "wandb.timeout=0.0: must be greater than 0",

@@ -84,6 +84,13 @@ def test_folder_source(tmp_path):
     assert len(seen) == 10, "each image is in exactly one split"
 
 
+def test_the_first_test_images_of_a_folder_are_of_all_classes(tmp_path):
+    for name in "abc":
+        write_images(tmp_path / name, [(4, 4)] * 20)
+    _, (_, labels), _ = data.folder(tmp_path, 0.5)
+    assert set(labels[:10]) == {0, 1, 2}
+
+
 def test_folder_errors(tmp_path):
     with pytest.raises(UserError, match="no images in"):
         data.folder(tmp_path, 0.1)
@@ -203,6 +210,16 @@ def test_damaged_arrays_are_named(tmp_path, name):
     write_prepared(tmp_path / "x", split(2), split(1), ["a"])
     (tmp_path / "x" / name).write_bytes(b"no array")
     with pytest.raises(UserError, match=rf"{name} is damaged .*run stage=prepare again"):
+        load_split(tmp_path / "x", "train")
+
+
+def test_a_changed_bit_is_found_before_anything_is_trained_on_it(tmp_path):
+    write_prepared(tmp_path / "x", split(2), split(1), ["a"])
+    path = tmp_path / "x" / "train.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train.npy is damaged \(its SHA-256 is not the one in data.json"):
         load_split(tmp_path / "x", "train")
 
 

@@ -35,6 +35,8 @@ EDITS = {
     "attention_head_dim": ("unet/config.json", 4),
     "sample_size": ("unet/config.json", "x"),
     "trained_betas": ("scheduler/scheduler_config.json", [0.1]),
+    "rescale_betas_zero_snr": ("scheduler/scheduler_config.json", True),
+    "thresholding": ("scheduler/scheduler_config.json", True),
     "beta_schedule": ("scheduler/scheduler_config.json", "scaled_linear"),
 }
 
@@ -44,8 +46,15 @@ def test_what_cannot_be_read_is_named(tmp_path, key):
     name, value = EDITS[key]
     path = saved(tmp_path) / name
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="not of a UNet2DModel" if key == "sample_size" else key):
         load_diffusers(tmp_path)
+
+
+def test_a_scheduler_that_does_not_clip_is_said(tmp_path, caplog):
+    path = saved(tmp_path) / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    load_diffusers(tmp_path)
+    assert "sampler.clip_denoised=false does the same" in caplog.text
 
 
 def test_weights_missing_damaged_or_pickled(tmp_path):

@@ -119,15 +119,23 @@ S = 0.25  # standard deviation of the data: few pixels reach the ends of [-1, 1]
 WIDTH = math.log2(255 / 2)  # what it costs to tell a pixel to within one of its levels, in bits
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
-def test_bound_of_gaussian_data_is_the_closed_form(variance, generator):
-    """Through evaluation.bits_per_dim, on uint8 images; the learned variance predicts beta."""
+def schedule_of(num_timesteps):
+    return NoiseSchedule(linear_betas(num_timesteps, 0.1 / num_timesteps, 20 / num_timesteps))
+
+
+def measured_bound(schedule, variance, generator):
+    """By evaluation.bits_per_dim, on uint8 images; the learned variance predicts beta."""
     pixels = torch.randn(3000, 1, 4, 4, generator=generator, dtype=torch.float64) * S
     images = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     data = LabelledImages(images, torch.zeros(3000, dtype=torch.int64))
-    schedule = NoiseSchedule(linear_betas(60, 0.1 / 60, 20 / 60))
     model = optimal_model(schedule, lambda x, a: a.sqrt() * S**2 / (a * S**2 + 1 - a) * x, variance)
-    report = bits_per_dim(model, data, 3000, None, Compute(torch.device("cpu"), bf16=False))
+    return bits_per_dim(model, data, 3000, None, Compute(torch.device("cpu"), bf16=False))
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
+def test_bound_of_gaussian_data_is_the_closed_form(variance, generator):
+    schedule = schedule_of(60)
+    report = measured_bound(schedule, variance, generator)
     prior, middle, decoder = (nats / math.log(2) for nats in gaussian_bound(schedule, S**2, variance))
     parts = report["bits_per_dim_parts"]
     assert parts["prior"] == pytest.approx(prior, rel=0.05)
@@ -135,14 +143,16 @@ def test_bound_of_gaussian_data_is_the_closed_form(variance, generator):
     assert parts["decoder"] == pytest.approx(decoder + WIDTH, rel=0.01)
 
 
-def test_bound_of_gaussian_data_tends_to_its_entropy():
+def test_bound_of_gaussian_data_tends_to_its_entropy(generator):
     """With the right variance the gap closes as 1 / T; with the fixed ones it does not, whatever T."""
     entropy = 0.5 * math.log(2 * math.pi * math.e * S**2)
 
     def gap(variance, num_timesteps):
-        schedule = NoiseSchedule(linear_betas(num_timesteps, 0.1 / num_timesteps, 20 / num_timesteps))
-        return sum(gaussian_bound(schedule, S**2, variance)) - entropy
+        return sum(gaussian_bound(schedule_of(num_timesteps), S**2, variance)) - entropy
 
     gaps = [gap("learned", n) for n in (100, 400, 1600)]
     assert gaps[0] > 2 * gaps[1] > 4 * gaps[2] > 0 and gaps[2] < 0.004
     assert gap("fixed_large", 1600) > 0.1 and gap("fixed_small", 1600) > 0.4
+    report = measured_bound(schedule_of(400), "learned", generator)
+    measured = (report["bits_per_dim"] - WIDTH) * math.log(2) - entropy
+    assert measured == pytest.approx(gaps[1], abs=4 * report["bits_per_dim_stderr"])

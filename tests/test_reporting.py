@@ -21,6 +21,7 @@ from modeling.build import build_model
 from modeling.checkpoint import save_model
 from modeling.data import LabelledImages
 from modeling.device import Compute, choose_compute
+from modeling.drawing import draw_samples
 from modeling.errors import ConfigError, Stopped, UserError
 from modeling.evaluation import bits_per_dim, held_out_report, strata
 from modeling.faults import explain
@@ -29,7 +30,7 @@ from modeling.history import History
 from modeling.paths import prepared_data, raw_cifar10, state_root
 from modeling.progress import Progress, duration
 from modeling.schedule import NoiseSchedule, linear_betas
-from modeling.settings import DiffusionConfig, FolderConfig, ModelConfig, WandbConfig
+from modeling.settings import DDIMConfig, DiffusionConfig, FolderConfig, ModelConfig, WandbConfig
 from modeling.signals import command_again, poll, stop_requested, stop_requests
 from modeling.tracking import Tracker
 from modeling.trained import check_agrees, load_trained, parse_group
@@ -90,12 +91,23 @@ def test_where_no_compiler_works_training_goes_without_unless_it_was_asked_for(m
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with CUDA")
 def test_cuda_trains_and_samples_as_the_cpu_does():
-    model = build_model(ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4), COSINE, (8, 8, 3), 0, 0)
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
+    model = build_model(ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4), COSINE, (8, 8, 3), 0, 0).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # the ends are zero, and hide the rest
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    x, t = torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([0, 9])
+    sampler = DDIMConfig("ddim", 5, True, 3, 2, 0)
     expected = model(x, t, x)
-    assert torch.allclose(model.cuda()(x.cuda(), t.cuda(), x.cuda()).cpu(), expected, atol=1e-4)
+    images = draw_samples(model, sampler, range(3), (3, 8, 8), CPU)
     compute = device.choose_compute("cuda", "fp32")
     assert compute.place(torch.zeros(2, dtype=torch.uint8)).is_cuda
+    model = compute.place_model(model)
+    assert torch.allclose(model(x.cuda(), t.cuda(), x.cuda()).cpu(), expected, rtol=1e-2)  # its convolutions are TF32
+    # Their noise is each device's own: only the kind of the result can be compared.
+    drawn = draw_samples(model, sampler, range(3), (3, 8, 8), compute)
+    assert drawn.shape == images.shape and drawn.dtype == images.dtype and not drawn.is_cuda
+    with choose_compute("cuda", "auto").autocast():
+        assert torch.allclose(model(x.cuda(), t.cuda(), x.cuda()).float().cpu(), expected, rtol=0.1)
 
 
 def test_history_is_cut_back_and_drawn(tmp_path):
@@ -297,6 +309,7 @@ def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
     for name in ("DVC_STAGE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     assert command_again(["main.py", "data.path=a b"]) == "python main.py 'data.path=a b'"
+    assert command_again(["main.py", "trainer.resume=never"]) == "python main.py trainer.resume=auto"
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert command_again() == "the same torchrun command"
     monkeypatch.setenv("DVC_STAGE", "train")

@@ -14,7 +14,7 @@ from modeling.batches import draw_timesteps, step_seed
 from modeling.build import build_model, build_optimizer
 from modeling.checkpoint import checkpoints, read_checkpoint
 from modeling.data import LabelledImages
-from modeling.device import Compute
+from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
 from modeling.drawing import draw_samples
 from modeling.errors import ConfigError, Stopped, UserError
@@ -95,7 +95,7 @@ def make(folder, recorder, optimizer=None, model=None, diffusion=None, plain=Fal
     if plain:  # one colour an image: quick to learn
         images = images[:, :, :1, :1].expand(10, 3, 8, 8)
     data = LabelledImages(images, torch.arange(10) % 2)
-    model = build_model(model or MODEL, diffusion or DIFFUSION, (8, 8, 3), 2, seed=0).to(compute.device)
+    model = compute.place_model(build_model(model or MODEL, diffusion or DIFFUSION, (8, 8, 3), 2, seed=0))
     return Trainer(
         model,
         build_optimizer(optimizer, model.parameters()),
@@ -146,6 +146,23 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, whole, stop_at):
     assert torch.equal(weights(trainer), whole[0])
     assert recorder.rows == whole[1].rows
     assert all(torch.equal(recorder.grids[k], grid) for k, grid in whole[1].grids.items())
+
+
+def test_a_stop_under_never_says_how_to_go_on(tmp_path):
+    recorder = Recorder()
+    recorder.stop_at = 2
+    with stop_requests(), pytest.raises(Stopped, match=r"all work is saved \(trainer.resume=auto goes on from it\)"):
+        make(tmp_path, recorder, resume="never").run()
+
+
+def test_state_of_another_device_is_said(tmp_path, caplog):
+    make(tmp_path, Recorder(), steps=1).run()
+    again = make(tmp_path, Recorder(), steps=2)
+    state = read_checkpoint(checkpoints(tmp_path)[-1])
+    again.state.load_state_dict(state)
+    assert not caplog.text
+    again.state.load_state_dict(state | {"device": "cuda"})
+    assert "the state was made on cuda: other random numbers on cpu" in caplog.text
 
 
 def test_killed_run_goes_on_from_the_last_checkpoint(tmp_path, whole):
@@ -278,8 +295,10 @@ def test_time_steps_and_noise_are_drawn_on_the_training_device(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="trains on CUDA")
-def test_training_on_cuda_goes_on_where_it_stopped(tmp_path):
-    cuda = Compute(torch.device("cuda"), bf16=False)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_on_cuda_goes_on_where_it_stopped_bit_for_bit(tmp_path, precision, request):
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    cuda = choose_compute("cuda", precision, deterministic=True)
     whole = make(tmp_path / "whole", Recorder(), compute=cuda)
     whole.run()
     part = Recorder()
@@ -290,7 +309,41 @@ def test_training_on_cuda_goes_on_where_it_stopped(tmp_path):
     rest = make(tmp_path / "part", part, compute=cuda)
     rest.run()
     assert all(p.is_cuda for p in rest.parameters)
-    assert torch.allclose(weights(rest), weights(whole), atol=1e-6)  # bit for bit needs deterministic kernels
+    assert torch.equal(weights(rest), weights(whole))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="trains on CUDA")
+def test_a_step_on_cuda_waits_for_nothing(tmp_path):
+    """Until it is logged, no value comes back and no transfer is waited for."""
+    trainer = make(tmp_path, Recorder(), compute=choose_compute("cuda", "auto"), compile=False)
+    trainer._train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="trains on CUDA")
+def test_a_run_moves_from_cpu_to_cuda_and_back(tmp_path):
+    for k, compute in enumerate((CPU, choose_compute("cuda", "fp32"), CPU), 1):
+        recorder = Recorder()
+        make(tmp_path, recorder, compute=compute, steps=4 * k).run()
+        assert recorder.starts == [4 * (k - 1)]
+
+
+@pytest.mark.parametrize("optimizer", [adam(betas=[0.9, 0.99]), SGDConfig("sgd", 0.1, 0, "none", None, 0.9, 0.0)])
+def test_moments_take_the_layout_of_the_parameters(tmp_path, optimizer):
+    """A checkpoint of a CPU, taken up in the layout of CUDA: fused kernels read memory, not indices."""
+    make(tmp_path, Recorder(), optimizer=optimizer, steps=4).run()
+    again = make(tmp_path, Recorder(), optimizer=optimizer, steps=4)
+    again.model.to(memory_format=torch.channels_last)
+    again.state.take_up(tmp_path, None, 4)
+    kept = read_checkpoint(checkpoints(tmp_path)[-1])["optimizer"]["state"]
+    for k, parameter in enumerate(again.parameters):
+        for name, moment in again.optimizer.state[parameter].items():
+            if moment is not None and moment.shape == parameter.shape:
+                assert moment.stride() == parameter.stride() and torch.equal(moment, kept[k][name])
 
 
 def test_a_compiled_run_goes_on_bit_for_bit_and_agrees_with_one_that_is_not(tmp_path, record_deviation):

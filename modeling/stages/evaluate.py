@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from modeling.checkpoint import code_hash
 from modeling.data import LabelledImages, load_split, read_prepared
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
@@ -49,7 +50,7 @@ def run(config: Config, out: Path) -> None:
         make_writable(target)
     model = compute.place_model(model)
     train, test = load_split(source, "train"), load_split(source, "test")
-    report = _likelihood(config, model, test, compute)
+    report = _likelihood(config, model, test, compute) | {"made_on": compute.describe()}
     images = asked_samples(model, meta, config, range(config.sampler.num_samples), compute)
     report["quality"] = _quality(config, model, meta, prepared, train.images, compute)
     if not is_first():
@@ -62,9 +63,10 @@ def run(config: Config, out: Path) -> None:
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
     folder = state_root() / "runs" / meta["run"]
     tracker = Tracker(config.wandb, meta["config"], read_notes(folder)["wandb_id"], None, state_root())
-    tracker.log(dict(_numbers("evaluate", report)), meta["steps"] + 1)
-    tracker.image("evaluate/samples", grid, meta["steps"] + 1)
-    tracker.image("evaluate/nearest", nearest, meta["steps"] + 1)
+    step = max(meta["steps"] + 1, tracker.first)  # W&B drops what comes at a step that it has
+    tracker.log(dict(_numbers("evaluate", report)), step)
+    tracker.image("evaluate/samples", grid, step)
+    tracker.image("evaluate/nearest", nearest, step)
     tracker.finish()
     log.info("metrics and samples: %s", target)
 
@@ -116,14 +118,19 @@ def _quality(
         return {"left_out": str(reason)}
     facts = {
         "sampler": s.name,
-        "nfe": s.steps,
+        "nfe": s.steps if s.guidance_scale == 1 else 2 * s.steps,  # guided: with and without the label
         "eta": getattr(s, "eta", None),
         "guidance_scale": s.guidance_scale,
         "seed": s.seed,
+        "label": s.label,
+        "clip_denoised": s.clip_denoised,
+        "variance": model.variance,
         "precision": "bf16" if compute.bf16 else "float32",
+        "device": compute.device.type,
         "weights_sha256": meta["sha256"],
     }
-    drawn_with = facts | {"clip_denoised": s.clip_denoised, "label": s.label, "variance": model.variance}
+    code = [code_hash("drawing"), code_hash("unet")]
+    drawn_with = facts | {"steps": s.steps, "diffusion": meta["config"]["diffusion"], "code": code}
     key = hashlib.sha256(json.dumps(drawn_with, sort_keys=True).encode()).hexdigest()[:16]
     root = state_root() / "runs"
     samples = kept_samples(

@@ -85,6 +85,8 @@ def run(config: Config, out: Path) -> None:
     images = asked_samples(compute.place_model(model), meta, config, range(config.sampler.num_samples), compute)
     if not is_first():
         return
+    for old in folder.glob("[0-9]*.png"):  # of an earlier set, which may have been larger
+        old.unlink()
     for k, image in enumerate(images):
         save_png(folder / f"{k:05}.png", image.permute(1, 2, 0))
     save_png(out / "samples.png", sample_grid(images, model.num_classes if config.sampler.label is None else 0))

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from modeling.batches import BatchSource
 from modeling.build import build_model, build_optimizer
 from modeling.checkpoint import save_model
-from modeling.data import load_split, read_prepared
+from modeling.data import LabelledImages, load_split, read_prepared
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
 from modeling.distributed import is_first, world_size
@@ -52,15 +52,16 @@ def run(config: Config, out: Path) -> None:
     meta = read_prepared(source)
     model = build_model(config.model, config.diffusion, meta["shape"], len(meta["classes"]), config.seed)
     model = compute.place_model(model)
+    train, test = load_split(source, "train"), load_split(source, "test")
     if not is_first():
-        _trainer(config, model, compute, source, Path(), Silent()).run()
+        _trainer(config, model, compute, train, test, Path(), Silent()).run()
         return
-    training_run = Run(config, meta["sha256"])
+    training_run = Run(config, compute.bf16, meta["sha256"])
     for needed in (out / "models", out / "reports"):
         make_writable(needed)
     poll()
     with training_run.claimed() as notes:
-        _train(config, out, training_run, notes, model, compute, source)
+        _train(config, out, training_run, notes, model, compute, meta, train, test)
 
 
 def _train(
@@ -70,17 +71,17 @@ def _train(
     notes: dict[str, Any],
     model: DiffusionModel,
     compute: Compute,
-    source: Path,
+    meta: dict[str, Any],
+    train: LabelledImages,
+    test: LabelledImages,
 ) -> None:
-    folder, meta = training_run.folder, read_prepared(source)
+    folder = training_run.folder
     resolved = {key: value for key, value in dataclasses.asdict(config).items() if key != "named"}
     write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
     display_name = os.environ.get("DVC_EXP_NAME") or f"{config.data.name}-{config.model.name}-{training_run.name[:6]}"
     tracker = Tracker(config.wandb, resolved, notes["wandb_id"], display_name, state_root())
     progress = Progress(config.trainer.steps, config.trainer.batch_size, compute.device)
-    shown = BatchSource(
-        load_split(source, "train"), min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip
-    )
+    shown = BatchSource(train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
     reports = Reports(folder, notes, progress, tracker, to_uint8(shown.batch(0)), model.num_classes)
     _announce(config, compute, model, meta, folder)
     tracker.artifact("config", "config", folder / "config.yaml")
@@ -93,7 +94,7 @@ def _train(
         "steps": config.trainer.steps,
     }
     about_checkpoint = about | {"wandb_id": notes["wandb_id"]}
-    trainer = _trainer(config, model, compute, source, folder, reports, about_checkpoint, training_run.start)
+    trainer = _trainer(config, model, compute, train, test, folder, reports, about_checkpoint, training_run.start)
     exit_code = 1
     try:
         trainer.run()
@@ -114,7 +115,8 @@ def _trainer(
     config: Config,
     model: DiffusionModel,
     compute: Compute,
-    source: Path,
+    train: LabelledImages,
+    test: LabelledImages,
     folder: Path,
     reporter: Reporter,
     about: dict[str, Any] | None = None,
@@ -126,8 +128,8 @@ def _trainer(
         config.optimizer,
         config.trainer,
         config.seed,
-        load_split(source, "train"),
-        load_split(source, "test"),
+        train,
+        test,
         compute,
         folder,
         reporter,
