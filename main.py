@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from modeling import launch
-from modeling.config import load_config
+from modeling.config import load_config, no_such_key
 from modeling.errors import ConfigError, Stopped, UserError
 from modeling.faults import explain
 from modeling.signals import command_again, stop_requests
@@ -64,7 +65,9 @@ def _end(error: Exception, stage: str) -> None:
     if isinstance(error, Stopped):
         line: str | None = f"{error}; to go on: {command_again(TYPED)}"
     elif isinstance(error, HydraException | OmegaConfBaseException):
-        line, code = f"error: {error}", ConfigError.exit_code
+        unknown = re.match("Could not override '(.+?)'", str(error))
+        line = f"error: {no_such_key(unknown[1]) if unknown else error}"
+        code = ConfigError.exit_code
     else:
         known = str(error) if isinstance(error, UserError) else explain(error, stage)
         line = known and f"error: {known}"

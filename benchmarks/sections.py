@@ -54,7 +54,7 @@ SIZES = {
 def training(size: Size) -> dict[str, Any]:
     """Section 1: whole training steps, with data loading, of the same network at the same batch."""
     overrides = (f"model={size.model}", f"trainer.batch_size={size.batch}")
-    task, exact = make_task(overrides), make_task(overrides, precision="fp32")
+    task, exact = make_task(overrides), make_task((*overrides, "trainer.compile=false"), precision="fp32")
     device = task.compute.device
     bf16 = task.compute.bf16
     contestants: dict[str, Contestant] = {
@@ -68,6 +68,7 @@ def training(size: Size) -> dict[str, Any]:
         contestants["diffusers (bf16 autocast)"] = peers.diffusers_training(task, bf16=True)
         contestants["denoising-diffusion-pytorch (bf16 autocast)"] = peers.ddpm_pytorch_training(task, bf16=True)
     if device.type == "cuda":
+        contestants["this project, not compiled"] = project.training(make_task((*overrides, "trainer.compile=false")))
         contestants["diffusers (bf16 autocast, compiled)"] = peers.diffusers_training(task, bf16=True, compiled=True)
     peak = "matrix product"
     contestants[peak] = matrix_product(device, torch.bfloat16 if bf16 else torch.float32, size.matrix)

@@ -19,6 +19,7 @@ from modeling.settings import (
     LinearConfig,
     ModelConfig,
     OptimizerConfig,
+    SamplerConfig,
     SGDConfig,
     SigmoidConfig,
 )
@@ -38,6 +39,29 @@ def check_image_size(m: ModelConfig, height: int, width: int) -> None:
     sizes = [height >> level for level in range(len(m.channel_mult))]
     for size in m.attention_resolutions:
         _require(size in sizes, "model.attention_resolutions", size, f"the resolutions are {sizes}")
+
+
+def check_sampler(s: SamplerConfig, num_timesteps: int, classes: Sequence[str], label_dropout: float) -> None:
+    """Checks that a model can be sampled from as the sampler group asks.
+
+    Args:
+        s: the sampler group.
+        num_timesteps: T of the model.
+        classes: of a class-conditional model; empty: it takes no labels.
+        label_dropout: that the model is trained with.
+
+    Raises:
+        ConfigError: more steps than T, a label that does not exist, or guidance that the model does not learn.
+    """
+    _require(s.steps <= num_timesteps, "sampler.steps", s.steps, f"the model has {num_timesteps} time steps")
+    guided = s.guidance_scale != 1
+    why = "the model is not class-conditional"
+    _require(bool(classes) or not guided, "sampler.guidance_scale", s.guidance_scale, why)
+    _require(bool(classes) or s.label is None, "sampler.label", s.label, why)
+    why = "with trainer.label_dropout=0 the model learns no prediction without a label"
+    _require(label_dropout > 0 or not guided, "sampler.guidance_scale", s.guidance_scale, why)
+    allowed = f"allowed are {', '.join(classes)}, or null for all"
+    _require(s.label is None or s.label in classes, "sampler.label", s.label, allowed)
 
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -87,12 +111,21 @@ def build_network(model: ModelConfig, diffusion: DiffusionConfig, image_shape: S
 
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
-    """The noise schedule that the diffusion group names."""
+    """The noise schedule that the diffusion group names.
+
+    Raises:
+        ConfigError: its constants cannot be told from 0 or 1.
+    """
     if isinstance(config, LinearConfig):
-        return NoiseSchedule(linear_betas(config.num_timesteps, config.beta_start, config.beta_end))
-    if isinstance(config, SigmoidConfig):
-        return NoiseSchedule(sigmoid_betas(config.num_timesteps, config.start, config.end, config.tau))
-    return NoiseSchedule(cosine_betas(config.num_timesteps))
+        betas = linear_betas(config.num_timesteps, config.beta_start, config.beta_end)
+    elif isinstance(config, SigmoidConfig):
+        betas = sigmoid_betas(config.num_timesteps, config.start, config.end, config.tau)
+    else:
+        betas = cosine_betas(config.num_timesteps)
+    try:
+        return NoiseSchedule(betas)
+    except ValueError as error:
+        raise ConfigError(f"diffusion.schedule={config.schedule}: {error}") from None
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

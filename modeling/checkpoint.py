@@ -138,13 +138,23 @@ def restore_newest(folder: Path, restore: Callable[[dict[str, Any]], None]) -> b
 
 
 def save_model(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Publishes weights as safetensors, with `config` as JSON in the metadata.
+    """Publishes weights as safetensors, with `config` as JSON and a checksum of the weights in the metadata.
 
     Raises:
         UserError: the file cannot be written.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors_bytes(contiguous, {"config": json.dumps(config, sort_keys=True)}))
+    # All in one entry: the order of several would differ from process to process.
+    held = json.dumps({**config, "sha256": weights_hash(contiguous)}, sort_keys=True)
+    write_atomic(path, safetensors_bytes(contiguous, {"config": held}))
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names and values, whatever file they come in."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,10 +167,13 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        return tensors, json.loads(metadata["config"])
+        config: dict[str, Any] = json.loads(metadata["config"])
+        if config["sha256"] != weights_hash(tensors):
+            raise ValueError("its weights are not those that were saved")
+        return tensors, config
     except FileNotFoundError:
         raise UserError(f"no model in {path}: train one first (stage=train) or name a file") from None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"model {path} is damaged: {error}") from None
     except KeyError:
         raise UserError(f"model {path} carries no configuration: it was not written by this project") from None

@@ -7,15 +7,17 @@ together, here. Whatever is wrong raises ConfigError with one line that names th
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from modeling.errors import ConfigError
 from modeling.settings import (
     CHOICES,
     GROUPS,
+    MAX_TIMESTEPS,
     STAGES,
     AdamConfig,
     AdamWConfig,
@@ -33,7 +35,11 @@ from modeling.settings import (
     TrainerConfig,
 )
 
+BETA_MIN = 1e-8  # below it, the first step would add no noise that a float could tell from none
 TOP = {"stage": str, "seed": int, "device": str, "precision": str, "deterministic": bool}
+
+
+_ALLOWED = sorted({*TOP, "out_dir", "experiment", *CHOICES, *GROUPS})
 
 
 def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -46,9 +52,15 @@ def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a key that does not exist, a wrong type, a value out of range; the message names the key.
     """
-    allowed = {*TOP, "out_dir", "experiment", *CHOICES, *GROUPS}
     for key in cfg:
-        _require(key in allowed, str(key), "no such key", f"allowed are {', '.join(sorted(allowed))}")
+        if key not in _ALLOWED:
+            raise ConfigError(no_such_key(str(key)))
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        group, _, name = key.partition(".")
+        chooses, choices = CHOICES.get(group, ("name", {}))
+        if name == chooses and (value in choices or group == "model"):
+            raise ConfigError(f"{override}: write {group}={value}, which sets all keys of the group")
     groups: dict[str, Any] = {}
     for group in (*CHOICES, *GROUPS):
         _require(isinstance(cfg.get(group), DictConfig), group, cfg.get(group), "a group of keys is expected")
@@ -77,9 +89,26 @@ def _structured(group: str, node: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).split("\n")[0]
-        key = f"{group}.{error.key}" if error.key is not None else group
-        raise ConfigError(f"{key}: {reason}") from None
+        name = error.full_key or error.key
+        key = group if name is None else ".".join([group, str(name)])
+        if isinstance(error, ConfigKeyError):
+            raise ConfigError(no_such_key(key)) from None
+        if isinstance(error, MissingMandatoryValue):
+            missing = [f"{group}.{k!s}" for k in node if OmegaConf.is_missing(node, k)]
+            raise ConfigError(f"{(missing or [key])[0]}: must be given") from None
+        raise ConfigError(f"{key}: {str(error.msg or error).splitlines()[0]}") from None
+
+
+def no_such_key(key: str) -> str:
+    """What to tell who has typed a key that does not exist, or not with his choice of its group."""
+    group, _, name = key.partition(".")
+    choices = CHOICES[group][1] if group in CHOICES else {group: GROUPS[group]} if group in GROUPS else {}
+    keys = {choice: [f.name for f in fields(schema)] for choice, schema in choices.items()}
+    elsewhere = [choice for choice, names in keys.items() if name in names]
+    if elsewhere:
+        return f"{key}: a key of {' and '.join(f'{group}={choice}' for choice in elsewhere)} only"
+    allowed = dict.fromkeys(name for names in keys.values() for name in names) if name and keys else _ALLOWED
+    return f"{key}: no such key; allowed are {', '.join(allowed)}"
 
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -107,6 +136,7 @@ def _check(c: Config) -> None:
         _require(c.data.image_size >= 8, "data.image_size", c.data.image_size, "must be at least 8 pixels")
         _require(c.data.seed >= 0, "data.seed", c.data.seed, "must not be negative")
     if isinstance(c.data, FolderConfig):
+        _require(c.data.path != "", "data.path", c.data.path, "must be the folder of your images")
         _require(0 < c.data.test_fraction < 1, "data.test_fraction", c.data.test_fraction, "must lie in (0, 1)")
     _check_model(c.model)
     _check_diffusion(c.diffusion)
@@ -143,9 +173,10 @@ def _check_model(m: ModelConfig) -> None:
 
 
 def _check_diffusion(d: DiffusionConfig) -> None:
-    _positive("diffusion", d, "num_timesteps")
+    allowed = f"allowed are 1 to {MAX_TIMESTEPS}"
+    _require(1 <= d.num_timesteps <= MAX_TIMESTEPS, "diffusion.num_timesteps", d.num_timesteps, allowed)
     if isinstance(d, LinearConfig):
-        _require(0 < d.beta_start < 1, "diffusion.beta_start", d.beta_start, "must lie in (0, 1)")
+        _require(BETA_MIN <= d.beta_start < 1, "diffusion.beta_start", d.beta_start, f"must lie in [{BETA_MIN}, 1)")
         _require(0 < d.beta_end < 1, "diffusion.beta_end", d.beta_end, "must lie in (0, 1)")
         _require(
             d.beta_start < d.beta_end, "diffusion.beta_start", d.beta_start, f"must be below beta_end={d.beta_end}"

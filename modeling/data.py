@@ -41,7 +41,7 @@ class LabelledImages(NamedTuple):
 
 
 MAX_PIXELS = 1 << 24  # of one image, 4096 x 4096: a small file that unpacks to more is taken for an attack
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def cifar10(root: Path) -> tuple[Split, Split, list[str]]:
@@ -51,6 +51,7 @@ def cifar10(root: Path) -> tuple[Split, Split, list[str]]:
         UserError: no complete copy and no network.
     """
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
 
     def load(train: bool, download: bool) -> tuple[Split, list[str]]:
         dataset = CIFAR10(str(root), train=train, download=download)
@@ -62,9 +63,13 @@ def cifar10(root: Path) -> tuple[Split, Split, list[str]]:
         try:
             train, classes = load(True, True)
         except (OSError, RuntimeError) as error:
+            files = {root / CIFAR10.base_folder / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
+            bad = [path.name for path, md5 in files.items() if path.exists() and not check_integrity(path, md5)]
+            damaged = f" ({', '.join(bad)}: wrong MD5)" if bad else ""
             raise UserError(
-                f"no complete CIFAR-10 in {root}, and it could not be downloaded ({error}): set CIFAR10_ROOT to the "
-                "folder that holds cifar-10-batches-py or cifar-10-python.tar.gz, or use data=shapes, which needs none"
+                f"no complete CIFAR-10 in {root}{damaged}, and it could not be downloaded ({error}): set CIFAR10_ROOT "
+                "to the folder that holds cifar-10-batches-py or cifar-10-python.tar.gz, or use data=shapes, which "
+                "needs none"
             ) from None
     return train, load(False, False)[0], classes
 
@@ -77,6 +82,8 @@ def folder(path: Path, test_fraction: float) -> tuple[Split, Split, list[str]]:
     Raises:
         UserError: no images, an unreadable file, mixed sizes, or too few images for both splits.
     """
+    if not path.is_dir():
+        raise UserError(f"data.path={path}: no such folder")
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"no images in {path}: it must hold files that end in {', '.join(IMAGE_SUFFIXES)}")

@@ -70,6 +70,8 @@ class NoiseSchedule(nn.Module):
         alphas_cumprod = alphas.cumprod(0)
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         one_minus = 1 - alphas_cumprod
+        if not bool(alphas_cumprod.sqrt().float().all() and one_minus.all()):
+            raise ValueError("alphas_cumprod comes so near to 0 or 1 that nothing of the image or no noise is left")
         constants = {
             "betas": betas,
             "alphas_cumprod": alphas_cumprod,

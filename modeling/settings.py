@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+MAX_TIMESTEPS = 1_000_000  # T: more would not fit into the memory of a small machine
 STAGES = ("all", "prepare", "train", "sample", "evaluate", "export")
 
 

@@ -59,6 +59,7 @@ class Tracker:
                 id=run_id,
                 name=name,
                 resume="allow",
+                allow_val_change=True,  # evaluated again with another sampler
                 dir=str(root),
                 mode=mode,
                 settings=wandb.Settings(

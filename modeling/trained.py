@@ -4,7 +4,6 @@ A published model carries its whole configuration, so that `load_trained` needs 
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,11 @@ import torch
 from torch import Tensor
 
 from modeling.build import build_model, build_network
-from modeling.checkpoint import load_model
+from modeling.checkpoint import load_model, weights_hash
 from modeling.diffusers_format import load_diffusers
 from modeling.diffusion import DiffusionModel
 from modeling.errors import ConfigError, UserError
-from modeling.settings import CHOICES, GROUPS, DiffusionConfig, ModelConfig
-
-MAX_TIMESTEPS = 1_000_000  # of a model file
+from modeling.settings import CHOICES, GROUPS, MAX_TIMESTEPS, Config, DiffusionConfig, ModelConfig
 
 
 def architecture(model: ModelConfig, diffusion: DiffusionConfig) -> dict[str, Any]:
@@ -41,8 +38,7 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
         UserError: missing, damaged, or the weights are not those of the architecture that the file names.
     """
     tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
-    weights = b"".join(name.encode() + tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
-    meta["sha256"] = hashlib.sha256(weights).hexdigest()  # of the weights, whatever file they came in
+    meta["sha256"] = weights_hash(tensors)
     try:
         model = parse_group("model", meta["config"]["model"])
         diffusion = parse_group("diffusion", meta["config"]["diffusion"])
@@ -83,12 +79,30 @@ def check_agrees(path: Path, meta: dict[str, Any], model: ModelConfig, diffusion
     Raises:
         ConfigError: it does not; the message names the first key that differs.
     """
-    asked = architecture(model, diffusion)
-    groups = meta["config"]
-    held = architecture(parse_group("model", groups["model"]), parse_group("diffusion", groups["diffusion"]))
-    for key in sorted({*asked, *held}):
+    groups = {group: parse_group(group, meta["config"][group]) for group in ("model", "diffusion")}
+    asked, held = architecture(model, diffusion), architecture(groups["model"], groups["diffusion"])
+    # The schedule first: it decides which other keys there are.
+    for key in sorted({*asked, *held}, key=lambda key: (key != "diffusion.schedule", key)):
         if asked.get(key) != held.get(key):
-            raise ConfigError(f"{key}={asked.get(key)}: the model in {path} has {held.get(key)}; leave it out")
+            group, name = key.split(".")
+            value = getattr({"model": model, "diffusion": diffusion}[group], name, None)
+            has = getattr(groups[group], name, None)
+            raise ConfigError(f"{key}={value}: the model in {path} has {has}; leave it out")
+
+
+def asked_group(config: Config, group: str, held: Any) -> Any:
+    """What the user asks a model file for: its own group, with the keys that he has typed; or the one he has chosen.
+
+    Raises:
+        ConfigError: a key that the file's choice of the group does not have.
+    """
+    typed = [key.split(".")[1] for key in config.named if key.startswith(f"{group}.") and key != "model.weights"]
+    if group in config.named or "experiment" in config.named:
+        return getattr(config, group)
+    for key in typed:
+        if not hasattr(held, key):
+            raise ConfigError(f"{group}.{key}: the model has another {group}, without such a key; leave it out")
+    return dataclasses.replace(held, **{key: getattr(getattr(config, group), key) for key in typed})
 
 
 def parse_group(group: str, values: dict[str, Any]) -> Any:

@@ -116,7 +116,12 @@ def test_model_round_trip(tmp_path):
     path = tmp_path / "models" / "model.safetensors"
     save_model(path, {"w": torch.arange(6.0).reshape(2, 3).T}, {"model": {"name": "tiny"}})
     tensors, config = load_model(path)
-    assert torch.equal(tensors["w"], torch.arange(6.0).reshape(2, 3).T) and config == {"model": {"name": "tiny"}}
+    assert torch.equal(tensors["w"], torch.arange(6.0).reshape(2, 3).T) and config["model"] == {"name": "tiny"}
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: its weights are not those that were saved"):
+        load_model(path)
 
 
 def test_bad_model_files(tmp_path):

@@ -20,7 +20,7 @@ def composed(*overrides):
 
 
 def load(*overrides):
-    return load_config(composed(*overrides))
+    return load_config(composed(*overrides), overrides)
 
 
 def test_defaults_are_the_papers():
@@ -53,15 +53,19 @@ def test_choices_get_their_own_keys():
 
 
 BAD = {
-    "+optimizer.momentum=0.9": "optimizer.momentum: Key 'momentum' not in 'AdamConfig'",
-    "+sampler.eta=0.5": "sampler.eta: Key 'eta' not in 'SamplerConfig'",
-    "+trainer.speed=9": "trainer.speed: Key 'speed' not in 'TrainerConfig'",
-    "+nonsense=1": "nonsense=no such key: allowed are data, deterministic, device",
+    "+optimizer.momentum=0.9": "optimizer.momentum: a key of optimizer=sgd only",
+    "+sampler.eta=0.5": "sampler.eta: a key of sampler=ddim only",
+    "+trainer.speed=9": "trainer.speed: no such key; allowed are steps, batch_size",
+    "+optimizer.speed=9": "optimizer.speed: no such key; allowed are name, lr, warmup_steps",
+    "+nonsense=1": "nonsense: no such key; allowed are data, deterministic, device",
     "stage=fly": "stage=fly: allowed are all, prepare, train, sample, evaluate, export",
     "seed=x": "seed=x: must be of type int",
     "seed=-1": "seed=-1: must not be negative",
-    "data=folder": "data.path: ",
+    "data=folder": "data.path: must be given",
     "data.name=mnist": "data.name=mnist: allowed are cifar10, shapes, folder",
+    "data.name=shapes": "data.name=shapes: write data=shapes, which sets all keys",
+    "model.name=small": "model.name=small: write model=small, which sets all keys",
+    "model.channel_mult=[1,a]": "model.channel_mult[1]: Value 'a' of type 'str'",
     "~data": "data=None: a group of keys is expected",
     "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
     "trainer.batch_size=many": "trainer.batch_size: Value 'many' of type 'str' could not be converted to Integer",
@@ -73,8 +77,8 @@ BAD = {
     "device=tpu": "device=tpu: allowed are auto, cpu, cuda",
     "trainer.timestep_sampling=x": "trainer.timestep_sampling=x: allowed are",
     "trainer.sample_steps=1001": "trainer.sample_steps=1001: allowed are 1 to 1000",
-    "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: must be greater than 0",
-    "diffusion.beta_start=0": "diffusion.beta_start=0.0: must lie in (0, 1)",
+    "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: allowed are 1 to 1000000",
+    "diffusion.beta_start=0": "diffusion.beta_start=0.0: must lie in [1e-08, 1)",
     "diffusion.beta_end=1": "diffusion.beta_end=1.0: must lie in (0, 1)",
     "diffusion.beta_start=0.5": "diffusion.beta_start=0.5: must be below beta_end=0.02",
     "diffusion.prediction_type=x": "diffusion.prediction_type=x: allowed are epsilon, sample, v_prediction",
@@ -116,6 +120,7 @@ def test_bad_value_is_one_line_that_names_the_key(override):
         (["data=shapes", "data.image_size=4"], "data.image_size=4: must be at least 8"),
         (["data=shapes", "data.num_test=0"], "data.num_test=0: must be greater than 0"),
         (["data=shapes", "data.seed=-1"], "data.seed=-1: must not be negative"),
+        (["data=folder", "data.path="], "data.path=: must be the folder of your images"),
         (["data=folder", "data.path=x", "data.test_fraction=1"], "data.test_fraction=1.0: must lie in (0, 1)"),
         (["optimizer=sgd", "optimizer.momentum=1"], "optimizer.momentum=1.0: must lie in [0, 1)"),
         (["optimizer=adamw", "optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0: must not be negative"),

@@ -15,7 +15,7 @@ from modeling.errors import ConfigError
 from modeling.guidance import Guided
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import DDIMConfig, DiffusionConfig, ModelConfig, SamplerConfig
-from modeling.stages.sample import asked_samples
+from modeling.stages.sample import check_asked
 
 CPU = Compute(torch.device("cpu"), bf16=False)
 MODEL = ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4)
@@ -104,9 +104,9 @@ def test_what_a_conditional_model_cannot_be_asked_for_is_refused():
     meta = {"image_shape": [8, 8, 3], "classes": ["a", "b"], "config": {"trainer": {"label_dropout": 0.0}}}
     model = network(True)
     for changes, line in (
-        ({"guidance_scale": 2.0}, "sampler.guidance_scale=2.0: the model was trained with trainer.label_dropout=0"),
+        ({"guidance_scale": 2.0}, "sampler.guidance_scale=2.0: with trainer.label_dropout=0 the model"),
         ({"label": "c"}, "sampler.label=c: allowed are a, b"),
     ):
         sampler = dataclasses.replace(DDIMConfig("ddim", 2, True, 2, 2, 0), **changes)
         with pytest.raises(ConfigError, match=line):
-            asked_samples(model, meta, SimpleNamespace(sampler=sampler), range(2), Compute(torch.device("cpu"), False))
+            check_asked(model, meta, SimpleNamespace(sampler=sampler))

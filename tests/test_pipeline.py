@@ -176,13 +176,13 @@ def test_models_go_to_diffusers_and_back(trained, state, tmp_path):
 
 
 BAD = {
-    "modle=tiny": "Could not override 'modle'",
+    "modle=tiny": "modle: no such key; allowed are data",
     "model=huge": "Available options in 'model': ddpm small tiny",
-    "optimizer.momentum=0.9": "Could not override 'optimizer.momentum'",
+    "optimizer.momentum=0.9": "optimizer.momentum: a key of optimizer=sgd only",
     "optimizer.lr=-1": "optimizer.lr=-1.0: must be greater than 0",
     "trainer.batch_size=many": "trainer.batch_size: Value 'many'",
     "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
-    "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: must be greater than 0",
+    "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: allowed are 1 to 1000000",
     "diffusion.beta_end=1e-5": "diffusion.beta_start=0.0001: must be below beta_end",
     "model.attention_resolutions=[7]": "model.attention_resolutions=7: the resolutions are [8, 4]",
     "model.channel_mult=[1,1,1,1,1]": "model.channel_mult=[1, 1, 1, 1, 1]: images of 8 pixels must be divisible by 16",
@@ -205,7 +205,15 @@ BAD = {
     "data=folder data.path=empty": "no images in empty",
     "data=folder data.path=unreadable": "unreadable/a.png cannot be read as an image",
     "data=folder data.path=mixed": "all images must have one size",
-    "data=cifar10": "no complete CIFAR-10 in broken",
+    "data=cifar10": "no complete CIFAR-10 in broken (data_batch_1: wrong MD5)",
+    "data=folder data.path=nowhere": "data.path=nowhere: no such folder",
+    "stage=train out_dir=null sampler.guidance_scale=2": "sampler.guidance_scale=2.0: the model is not class-conditional",
+    "stage=train out_dir=null sampler.label=circle": "sampler.label=circle: the model is not class-conditional",
+    "stage=train out_dir=null model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are circle,",
+    "stage=train out_dir=null diffusion=sigmoid diffusion.tau=0.08": "diffusion.schedule=sigmoid: betas must be",
+    "stage=train out_dir=null diffusion.beta_end=0.99 diffusion.num_timesteps=1000": "comes so near to 0 or 1",
+    "stage=sample diffusion=cosine": "diffusion.schedule=cosine: the model in",
+    "stage=sample +diffusion.tau=2.0": "diffusion.tau: a key of diffusion=sigmoid only",
 }
 
 

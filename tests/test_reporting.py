@@ -1,5 +1,6 @@
 """What people see: the device line, the progress lines, the history file, the W&B fallbacks, signals; and bits/dim."""
 
+import dataclasses
 import errno
 import logging
 import math
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,10 +32,11 @@ from modeling.history import History
 from modeling.paths import prepared_data, raw_cifar10, state_root
 from modeling.progress import Progress, duration
 from modeling.schedule import NoiseSchedule, linear_betas
-from modeling.settings import DDIMConfig, DiffusionConfig, FolderConfig, ModelConfig, WandbConfig
+from modeling.settings import DDIMConfig, DiffusionConfig, FolderConfig, LinearConfig, ModelConfig, WandbConfig
 from modeling.signals import command_again, poll, stop_requested, stop_requests
+from modeling.stages.evaluate import _likelihood
 from modeling.tracking import Tracker
-from modeling.trained import check_agrees, load_trained, parse_group
+from modeling.trained import asked_group, check_agrees, load_trained, parse_group
 
 CPU = Compute(torch.device("cpu"), bf16=False)
 
@@ -244,6 +247,19 @@ def test_a_trained_model_is_its_file(tmp_path):
         load_trained(path)
 
 
+def test_a_typed_key_changes_what_the_file_says_and_a_chosen_group_replaces_it():
+    linear = LinearConfig("linear", 1000, "epsilon", "fixed_small", None, 1e-4, 0.02)  # as configured
+    for named, expected in (
+        ({"sampler.steps"}, COSINE),
+        ({"diffusion.variance"}, dataclasses.replace(COSINE, variance="fixed_small")),
+        ({"diffusion"}, linear),
+        ({"experiment", "diffusion.variance"}, linear),
+    ):
+        assert asked_group(SimpleNamespace(diffusion=linear, named=named), "diffusion", COSINE) == expected
+    with pytest.raises(ConfigError, match=r"diffusion.beta_end: the model has another diffusion, without such a key"):
+        asked_group(SimpleNamespace(diffusion=linear, named={"diffusion.beta_end"}), "diffusion", COSINE)
+
+
 @pytest.mark.parametrize(("num_timesteps", "count"), [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 49), (100, 1)])
 def test_strata_split_all_steps_but_the_first(num_timesteps, count):
     ranges = strata(num_timesteps, count)
@@ -303,6 +319,14 @@ def test_history_on_a_full_disk_is_one_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, previous)
     assert path.read_bytes() == before
+
+
+def test_a_model_that_computes_nothing_finite_is_refused():
+    model = optimal_model(NoiseSchedule(linear_betas(20, 1e-3, 0.2)), lambda x, a: x * math.nan)
+    images = LabelledImages(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    config = SimpleNamespace(evaluation=SimpleNamespace(batch_size=4))
+    with pytest.raises(UserError, match="the held-out loss is nan: the model diverged"):
+        _likelihood(config, model, images, CPU)
 
 
 def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):

@@ -1,8 +1,10 @@
 """Stage `evaluate`: the metrics and the sample grid of a trained model, into reports/ and into its own W&B run."""
 
+import dataclasses
 import hashlib
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
 from modeling.distributed import is_first
 from modeling.drawing import sample_grid
-from modeling.errors import ConfigError
+from modeling.errors import ConfigError, UserError
 from modeling.evaluation import bits_per_dim, held_out_report
 from modeling.files import make_writable, write_atomic
 from modeling.images import save_png
@@ -23,7 +25,7 @@ from modeling.paths import read_notes, state_root
 from modeling.quality import Inception, Unavailable, kept_samples, quality_metrics, reference_features
 from modeling.settings import Config
 from modeling.stages.prepare import ensure_prepared
-from modeling.stages.sample import asked_samples, trained_model
+from modeling.stages.sample import asked_samples, check_asked, trained_model
 from modeling.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def run(config: Config, out: Path) -> None:
     """
     compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, data = trained_model(config, out)
+    check_asked(model, meta, config)
     source = ensure_prepared(config, data)
     prepared = read_prepared(source)
     if prepared["shape"] != meta["image_shape"]:
@@ -50,9 +53,14 @@ def run(config: Config, out: Path) -> None:
         make_writable(target)
     model = compute.place_model(model)
     train, test = load_split(source, "train"), load_split(source, "test")
+    inception = _inception(config, compute)
     report = _likelihood(config, model, test, compute) | {"made_on": compute.describe()}
     images = asked_samples(model, meta, config, range(config.sampler.num_samples), compute)
-    report["quality"] = _quality(config, model, meta, prepared, train.images, compute)
+    report["quality"] = (
+        {"left_out": inception}
+        if isinstance(inception, str)
+        else _quality(inception, config, model, meta, prepared, train.images, compute)
+    )
     if not is_first():
         return
     grid = sample_grid(images, model.num_classes)
@@ -62,7 +70,8 @@ def run(config: Config, out: Path) -> None:
     report |= near
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
     folder = state_root() / "runs" / meta["run"]
-    tracker = Tracker(config.wandb, meta["config"], read_notes(folder)["wandb_id"], None, state_root())
+    used = {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
+    tracker = Tracker(config.wandb, meta["config"] | used, read_notes(folder)["wandb_id"], None, state_root())
     step = max(meta["steps"] + 1, tracker.first)  # W&B drops what comes at a step that it has
     tracker.log(dict(_numbers("evaluate", report)), step)
     tracker.image("evaluate/samples", grid, step)
@@ -74,6 +83,8 @@ def run(config: Config, out: Path) -> None:
 def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, compute: Compute) -> dict[str, Any]:
     e = config.evaluation
     report = held_out_report(model, test, e.batch_size, compute)
+    if not math.isfinite(report["loss"]):
+        raise UserError(f"the held-out loss is {report['loss']}: the model diverged, or its weights are of no use")
     log.info("held-out loss %.5f over %d images", report["loss"], report["loss_images"])
     images, timesteps = (None, None) if compute.device.type == "cuda" else CPU_BPD
     images, timesteps = e.bpd_images or images, e.bpd_timesteps or timesteps
@@ -98,7 +109,21 @@ def _nearest(
     return distances, panel(images[:count], found.first(count))
 
 
+def _inception(config: Config, compute: Compute) -> Inception | str:
+    """The feature extractor of FID and its relatives, or why they are left out."""
+    e = config.evaluation
+    if e.fid_samples is None:
+        return "evaluation.fid_samples=null"
+    try:
+        weights = None if e.inception_weights is None else Path(e.inception_weights)
+        return Inception(weights, e.inception_sha256, compute.device)
+    except Unavailable as reason:
+        log.warning("FID and its relatives are left out: %s", reason)
+        return str(reason)
+
+
 def _quality(
+    inception: Inception,
     config: Config,
     model: DiffusionModel,
     meta: dict[str, Any],
@@ -106,16 +131,9 @@ def _quality(
     train: Tensor,
     compute: Compute,
 ) -> dict[str, Any]:
-    """FID and its relatives with the facts that make them comparable, or why they are left out."""
+    """FID and its relatives with the facts that make them comparable."""
     e, s = config.evaluation, config.sampler
-    if e.fid_samples is None:
-        return {"left_out": "evaluation.fid_samples=null"}
-    try:
-        weights = None if e.inception_weights is None else Path(e.inception_weights)
-        inception = Inception(weights, e.inception_sha256, compute.device)
-    except Unavailable as reason:
-        log.warning("FID and its relatives are left out: %s", reason)
-        return {"left_out": str(reason)}
+    assert e.fid_samples is not None
     facts = {
         "sampler": s.name,
         "nfe": s.steps if s.guidance_scale == 1 else 2 * s.steps,  # guided: with and without the label

@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from modeling.build import check_sampler
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
 from modeling.distributed import is_first
 from modeling.drawing import draw_samples, sample_grid
-from modeling.errors import ConfigError
 from modeling.files import make_writable
 from modeling.images import save_png
 from modeling.paths import state_root
 from modeling.settings import Config, DataConfig
-from modeling.trained import check_agrees, load_trained, parse_group
+from modeling.trained import asked_group, check_agrees, load_trained, parse_group
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,24 @@ def trained_model(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, 
         path = state_root() / "models" / "model.safetensors"
     model, meta = load_trained(path)
     held = meta["config"]
-    asked_diffusion = config.diffusion if config.names("diffusion") else parse_group("diffusion", held["diffusion"])
-    asked_model = config.model if config.names("model") else parse_group("model", held["model"])
+    asked_diffusion = asked_group(config, "diffusion", parse_group("diffusion", held["diffusion"]))
+    asked_model = asked_group(config, "model", parse_group("model", held["model"]))
     check_agrees(path, meta, asked_model, asked_diffusion)
     model.variance = asked_diffusion.variance  # agrees if it is learned; the fixed ones are free
     named = config.names("data") or "data" not in held  # a foreign model does not say what it was trained on
     data: DataConfig = config.data if named else parse_group("data", held["data"])
     return model, meta, data
+
+
+def check_asked(model: DiffusionModel, meta: dict[str, Any], config: Config) -> None:
+    """Checks, before any work, that the model can be sampled from as the sampler group asks.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    classes = meta["classes"] if model.num_classes else []
+    dropout = meta["config"].get("trainer", {}).get("label_dropout", 0.0)
+    check_sampler(config.sampler, model.schedule.num_timesteps, classes, dropout)
 
 
 def asked_samples(
@@ -54,19 +65,6 @@ def asked_samples(
     """Samples number `indices` as the sampler group asks for them, uint8 [N, C, H, W]."""
     s = config.sampler
     height, width, channels = meta["image_shape"]
-    if s.steps > model.schedule.num_timesteps:
-        raise ConfigError(f"sampler.steps={s.steps}: the model has {model.schedule.num_timesteps} time steps")
-    if model.num_classes == 0:
-        for key, value, default in (("guidance_scale", s.guidance_scale, 1), ("label", s.label, None)):
-            if value != default:
-                raise ConfigError(f"sampler.{key}={value}: the model is not class-conditional")
-    elif s.guidance_scale != 1 and not meta["config"]["trainer"]["label_dropout"]:
-        raise ConfigError(
-            f"sampler.guidance_scale={s.guidance_scale}: the model was trained with trainer.label_dropout=0, so it "
-            "knows no prediction without a label"
-        )
-    if s.label is not None and s.label not in meta["classes"]:
-        raise ConfigError(f"sampler.label={s.label}: allowed are {', '.join(meta['classes'])}, or null for all")
     label = None if s.label is None else meta["classes"].index(s.label)
     return draw_samples(model, s, indices, (channels, height, width), compute, label)
 
@@ -79,6 +77,7 @@ def run(config: Config, out: Path) -> None:
     """
     compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, _ = trained_model(config, out)
+    check_asked(model, meta, config)
     folder = out / "samples"
     if is_first():
         make_writable(folder)

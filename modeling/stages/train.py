@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from modeling.batches import BatchSource
-from modeling.build import build_model, build_optimizer
+from modeling.build import build_model, build_optimizer, check_sampler
 from modeling.checkpoint import save_model
 from modeling.data import LabelledImages, load_split, read_prepared
 from modeling.device import Compute, choose_compute
@@ -50,6 +50,9 @@ def run(config: Config, out: Path) -> None:
     compute = choose_compute(config.device, config.precision, config.deterministic)
     source = ensure_prepared(config, config.data)
     meta = read_prepared(source)
+    classes = meta["classes"] if config.model.class_conditional else []
+    # Now, not when all has been trained.
+    check_sampler(config.sampler, config.diffusion.num_timesteps, classes, config.trainer.label_dropout)
     model = build_model(config.model, config.diffusion, meta["shape"], len(meta["classes"]), config.seed)
     model = compute.place_model(model)
     train, test = load_split(source, "train"), load_split(source, "test")
