@@ -210,7 +210,7 @@ BAD = {
     "stage=train out_dir=null sampler.guidance_scale=2": "sampler.guidance_scale=2.0: the model is not class-conditional",
     "stage=train out_dir=null sampler.label=circle": "sampler.label=circle: the model is not class-conditional",
     "stage=train out_dir=null model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are circle,",
-    "stage=train out_dir=null diffusion=sigmoid diffusion.tau=0.08": "diffusion.schedule=sigmoid: betas must be",
+    "stage=train out_dir=null diffusion=sigmoid diffusion.tau=0.02 diffusion.num_timesteps=1000": "diffusion.schedule=sigmoid: betas must be",
     "stage=train out_dir=null diffusion.beta_end=0.99 diffusion.num_timesteps=1000": "comes so near to 0 or 1",
     "stage=sample diffusion=cosine": "diffusion.schedule=cosine: the model in",
     "stage=sample +diffusion.tau=2.0": "diffusion.tau: a key of diffusion=sigmoid only",
