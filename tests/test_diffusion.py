@@ -26,11 +26,12 @@ def test_q_sample_equals_the_chain_of_single_steps(schedule, generator):
     """The signal that survives the product of single steps, and its variance by recursion."""
     model = optimal_model(schedule, lambda x, _: x)
     x_0 = torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64)
-    x = x_0
+    x, variance = x_0, torch.zeros((), dtype=torch.float64)
     for beta in schedule.betas:
-        x = (1 - beta).sqrt() * x
-    last = torch.tensor([schedule.num_timesteps - 1])
-    torch.testing.assert_close(model.q_sample(x_0, last, torch.zeros_like(x_0)), x)
+        x, variance = (1 - beta).sqrt() * x, (1 - beta) * variance + beta
+    last, zero = torch.tensor([schedule.num_timesteps - 1]), torch.zeros_like(x_0)
+    torch.testing.assert_close(model.q_sample(x_0, last, zero), x)
+    torch.testing.assert_close(model.q_sample(zero, last, zero + 1), zero + variance.sqrt())
 
 
 def test_q_posterior_uses_the_time_of_each_sample(schedule):
