@@ -105,6 +105,7 @@ def test_what_a_conditional_model_cannot_be_asked_for_is_refused():
     model = network(True)
     for changes, line in (
         ({"guidance_scale": 2.0}, "sampler.guidance_scale=2.0: with trainer.label_dropout=0 the model"),
+        ({"steps": 1001}, "sampler.steps=1001: the model has "),
         ({"label": "c"}, "sampler.label=c: allowed are a, b"),
     ):
         sampler = dataclasses.replace(DDIMConfig("ddim", 2, True, 2, 2, 0), **changes)

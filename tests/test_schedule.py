@@ -79,3 +79,9 @@ def test_gather_is_per_sample():
     picked = gather(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([2, 0]), torch.zeros(2, 3, 4, 4))
     assert picked.shape == (2, 1, 1, 1) and picked.dtype == torch.float32
     assert picked.flatten().tolist() == [3.0, 1.0]
+
+
+@pytest.mark.parametrize("betas", [linear_betas(1000, 0.1, 0.99), torch.tensor([1e-17])])
+def test_a_schedule_that_leaves_nothing_of_image_or_noise_is_refused(betas):
+    with pytest.raises(ValueError, match="nothing of the image or no noise is left"):
+        NoiseSchedule(betas.double())
