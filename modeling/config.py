@@ -37,8 +37,6 @@ from modeling.settings import (
 
 BETA_MIN = 1e-8  # below it, the first step would add no noise that a float could tell from none
 TOP = {"stage": str, "seed": int, "device": str, "precision": str, "deterministic": bool}
-
-
 _ALLOWED = sorted({*TOP, "out_dir", "experiment", *CHOICES, *GROUPS})
 
 
@@ -100,7 +98,7 @@ def _structured(group: str, node: DictConfig) -> Any:
 
 
 def no_such_key(key: str) -> str:
-    """What to tell who has typed a key that does not exist, or not with his choice of its group."""
+    """What to tell whoever typed a key that does not exist, or not with their choice of its group."""
     group, _, name = key.partition(".")
     choices = CHOICES[group][1] if group in CHOICES else {group: GROUPS[group]} if group in GROUPS else {}
     keys = {choice: [f.name for f in fields(schema)] for choice, schema in choices.items()}
