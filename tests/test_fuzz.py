@@ -51,7 +51,7 @@ def paths(node, at=()):
             yield from paths(value, (*at, key))
 
 
-@settings(max_examples=1000, **FAST)
+@settings(max_examples=500, **FAST)
 @given(data=st.data())
 def test_configurations(plain, data):
     values = OmegaConf.to_container(OmegaConf.create(plain))

@@ -19,6 +19,7 @@ from modeling.diffusion import DiffusionModel
 from modeling.drawing import draw_samples
 from modeling.errors import ConfigError, Stopped, UserError
 from modeling.held_out import held_out_losses, held_out_timesteps
+from modeling.layers import Dropout
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import (
     AdamConfig,
@@ -351,31 +352,36 @@ def test_a_compiled_run_goes_on_bit_for_bit_and_agrees_with_one_that_is_not(tmp_
     smallest = ModelConfig("test", 8, [1], 1, [], 1, 0.0, 4)
     torch.compiler.reset()
 
-    def run(name, recorder, model, **changes):
-        trainer = make(tmp_path / name, recorder, model=model, steps=6, checkpoint_every=3, **changes)
+    def run(name, recorder, compile=True):
+        trainer = make(tmp_path / name, recorder, model=smallest, steps=6, checkpoint_every=3, compile=compile)
         trainer.run()
         return trainer
 
+    compiled, plain, part = Recorder(), Recorder(), Recorder()
     try:
-        compiled, plain = Recorder(), Recorder()
-        run("compiled", compiled, smallest, compile=True)
+        whole = run("whole", compiled)
     except ConfigError as error:
         assert "trainer.compile=true: torch.compile does not work here" in str(error)
         return
-    run("plain", plain, smallest, compile=False)
+    run("plain", plain, compile=False)
     for step, row in plain.rows.items():
         deviation = max(abs(compiled.rows[step][key] / value - 1) for key, value in row.items() if value)
         record_deviation("compiled: losses, gradient norms", deviation)
         assert deviation < 1e-4
-    dropping = dataclasses.replace(smallest, dropout=0.5)
-    whole = run("whole", Recorder(), dropping, compile=True)
-    part = Recorder()
     part.stop_at = 3
     with stop_requests(), pytest.raises(Stopped):
-        run("part", part, dropping, compile=True)
-    torch.compiler.reset()  # as in another process
+        run("part", part)
     part.stop_at = None
-    assert torch.equal(weights(run("part", part, dropping, compile=True)), weights(whole))
+    torch.compiler.reset()  # as in another process
+    assert torch.equal(weights(run("part", part)), weights(whole))
+    # What a compiled network drops is decided by the seed of the step too.
+    dropping = CPU.compiled(Dropout(0.5).train(), True)
+
+    def dropped(seed):
+        torch.manual_seed(seed)
+        return dropping(torch.ones(64)) == 0
+
+    assert torch.equal(dropped(1), dropped(1)) and not torch.equal(dropped(1), dropped(2))
 
 
 def test_learning_rate():
