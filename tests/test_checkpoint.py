@@ -15,6 +15,7 @@ from modeling.checkpoint import (
     fingerprint,
     imported_files,
     load_model,
+    read_checkpoint,
     restore_newest,
     save_checkpoint,
     save_model,
@@ -134,3 +135,18 @@ def test_bad_model_files(tmp_path):
     save_file({"w": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="carries no configuration"):
         load_model(path)
+
+
+def test_an_old_checkpoint_that_stays_is_no_failure_and_no_memory_is_no_damage(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {})
+    monkeypatch.setattr("pathlib.Path.unlink", lambda *_: (_ for _ in ()).throw(PermissionError("not yours")))
+    save_checkpoint(tmp_path, 3, {})
+    assert "the old checkpoint" in caplog.text and len(checkpoints(tmp_path)) == 3
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        read_checkpoint(tmp_path / "step-000000003.pt")

@@ -1,0 +1,69 @@
+"""The folder of a run: whose it is, what is set aside, and what is said of other code."""
+
+import json
+
+import pytest
+from test_config import load
+
+from modeling.checkpoint import save_checkpoint
+from modeling.errors import UserError
+from modeling.runs import Run
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def run_of(*overrides, bf16=False):
+    return Run(load("data=shapes", *overrides), bf16, {"train": "a"})
+
+
+def test_what_changes_no_result_changes_no_name():
+    name = run_of().name
+    for same in (
+        "trainer.steps=9",
+        "trainer.nproc=2",
+        "trainer.compile=true",
+        "device=cpu",
+        "diffusion.variance=fixed_small",
+    ):
+        assert run_of(same).name == name
+    for other in ("seed=1", "trainer.batch_size=8", "optimizer.lr=1e-3", "deterministic=true", "model=tiny"):
+        assert run_of(other).name != name
+    assert run_of(bf16=True).name != name and run_of("precision=bf16", bf16=True).name == run_of(bf16=True).name
+
+
+def test_state_of_other_code_is_named(caplog):
+    caplog.set_level("INFO")
+    run = run_of()
+    with run.claimed() as notes:
+        assert notes["recipe"] == run.recipe
+    assert not caplog.text
+    other = run.folder.with_name("0123456789abcdef")
+    save_checkpoint(other, 7, {})
+    (other / "run.json").write_text(json.dumps({"wandb_id": "x", "recipe": run.recipe}))
+    with run.claimed():
+        assert "has changed since step 7" in caplog.text and f"trainer.resume={other}" in caplog.text
+
+
+def test_what_was_there_is_set_aside_or_the_reason_is_told(caplog):
+    caplog.set_level("INFO")
+    run = run_of("trainer.resume=never")
+    with run.claimed():
+        assert "replaced" not in caplog.text or not list(run.folder.glob("step-*"))
+    save_checkpoint(run.folder, 3, {})
+    with run.claimed():
+        assert (run.folder / "replaced/step-000000003.pt").exists() and "the earlier state is in" in caplog.text
+    save_checkpoint(run.folder, 4, {})
+    with run.claimed():
+        assert [path.name for path in (run.folder / "replaced").glob("*.pt")] == ["step-000000004.pt"]
+    for path in (run.folder / "replaced").iterdir():
+        path.unlink()
+    (run.folder / "replaced").rmdir()
+    (run.folder / "replaced").write_text("a file where a folder must be")
+    save_checkpoint(run.folder, 5, {})
+    with pytest.raises(UserError, match="replaced cannot be written"), run.claimed():
+        pass
+    assert (run.folder / "step-000000005.pt").exists()
