@@ -26,7 +26,7 @@ from modeling.files import replacing, write_atomic
 
 log = logging.getLogger(__name__)
 KEEP = 2
-VERSION = 1  # of what a checkpoint holds; a file of another version is not read
+VERSION = 2  # of what a checkpoint holds; a file of another version is not read
 PACKAGE = Path(__file__).parent
 
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from modeling.diffusion import DiffusionModel
 from modeling.schedule import NoiseSchedule, cosine_betas, linear_betas
 
+# What these tests show happens on a GPU alone, so nothing can stand in for it; with one they run.
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+
 
 class Optimal(nn.Module):
     """The optimal prediction for data whose denoiser E[x_0 | x_t] is known; a learned variance is beta."""

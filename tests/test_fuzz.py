@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from modeling.checkpoint import Damaged, load_model, read_checkpoint, save_checkpoint, save_model
+from modeling.checkpoint import VERSION, Damaged, load_model, read_checkpoint, save_checkpoint, save_model
 from modeling.config import load_config
 from modeling.data import cifar10, folder
 from modeling.errors import ConfigError, UserError
@@ -130,7 +130,7 @@ def test_checkpoints(place, data):
 def test_checkpoints_whose_pickle_is_hostile(place, data):
     """The archive is whole, with right checksums; what it unpickles to is not."""
     buffer = io.BytesIO()
-    torch.save({"version": 1, "w": torch.arange(16.0)}, buffer)
+    torch.save({"version": VERSION, "w": torch.arange(16.0)}, buffer)
     path = place / "pickle.pt"
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():
@@ -230,7 +230,7 @@ class Run:
 
 def test_a_pickle_is_never_run(tmp_path):
     evidence = tmp_path / "evidence"
-    torch.save({"version": 1, "x": Run(evidence)}, tmp_path / "x.pt")
+    torch.save({"version": VERSION, "x": Run(evidence)}, tmp_path / "x.pt")
     with pytest.raises(Damaged):
         read_checkpoint(tmp_path / "x.pt")
     (tmp_path / "x.safetensors").write_bytes(pickle.dumps(Run(evidence)))

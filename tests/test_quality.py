@@ -1,15 +1,18 @@
 """FID and its relatives against closed forms; their plumbing with a randomly initialised Inception; neighbours."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_pipeline import SMALL, main
 from torch_fidelity import feature_extractor_inceptionv3
 
+from modeling.device import Compute
 from modeling.errors import UserError
 from modeling.nearest import nearest_images, panel
 from modeling.quality import (
@@ -22,6 +25,8 @@ from modeling.quality import (
     quality_metrics,
     reference_features,
 )
+from modeling.settings import DDIMConfig
+from modeling.stages import evaluate
 
 CPU = torch.device("cpu")
 
@@ -193,3 +198,39 @@ def test_downloaded_weights_and_a_damaged_cache(weights, tmp_path, monkeypatch, 
     cached.write_bytes(b"half")
     assert torch.equal(reference_features(inception, images, "data", tmp_path / "cache", 2), found)
     assert "is damaged" in caplog.text
+
+
+def test_kept_samples_are_of_the_code_that_draws_them(tmp_path, monkeypatch):
+    """Another sampling code, sampler or schedule: another folder; what changes no sample: the same."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    folders = []
+
+    class Enough(Exception):
+        pass
+
+    def kept(folder, *_):
+        folders.append(folder)
+        raise Enough
+
+    monkeypatch.setattr(evaluate, "kept_samples", kept)
+
+    def folder_of(code="x", num_timesteps=10, **sampler):
+        monkeypatch.setattr(evaluate, "code_hash", lambda entry: code)
+        meta = {"sha256": "a", "run": "r", "config": {"diffusion": {"num_timesteps": num_timesteps}}}
+        chosen = dataclasses.replace(DDIMConfig("ddim", 4, True, 5, 5, 0), **sampler)
+        config = SimpleNamespace(sampler=chosen, evaluation=SimpleNamespace(fid_samples=12, batch_size=5))
+        model = SimpleNamespace(variance="fixed_large")
+        with pytest.raises(Enough):
+            evaluate._quality(None, config, model, meta, {}, None, Compute(CPU, bf16=False))
+        return folders[-1]
+
+    first = folder_of()
+    assert folder_of() == folder_of(batch_size=2) == folder_of(num_samples=9) == first
+    others = [
+        folder_of(code="y"),
+        folder_of(num_timesteps=20),
+        folder_of(steps=5),
+        folder_of(label="cat"),
+        folder_of(seed=1),
+    ]
+    assert len({first, *others}) == 6

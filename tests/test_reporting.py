@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import optimal_model
+from conftest import NEEDS_CUDA, optimal_model
 from PIL import Image
 
 from modeling import device, progress
@@ -92,7 +92,7 @@ def test_where_no_compiler_works_training_goes_without_unless_it_was_asked_for(m
         CPU.compiled(model, True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with CUDA")
+@NEEDS_CUDA
 def test_cuda_trains_and_samples_as_the_cpu_does():
     model = build_model(ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4), COSINE, (8, 8, 3), 0, 0).eval()
     generator = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from conftest import NEEDS_CUDA
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -295,7 +296,7 @@ def test_time_steps_and_noise_are_drawn_on_the_training_device(tmp_path):
     assert draws.devices == {"randn": CPU.device, "randint": CPU.device}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="trains on CUDA")
+@NEEDS_CUDA
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_on_cuda_goes_on_where_it_stopped_bit_for_bit(tmp_path, precision, request):
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
@@ -313,7 +314,7 @@ def test_training_on_cuda_goes_on_where_it_stopped_bit_for_bit(tmp_path, precisi
     assert torch.equal(weights(rest), weights(whole))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="trains on CUDA")
+@NEEDS_CUDA
 def test_a_step_on_cuda_waits_for_nothing(tmp_path):
     """Until it is logged, no value comes back and no transfer is waited for."""
     trainer = make(tmp_path, Recorder(), compute=choose_compute("cuda", "auto"), compile=False)
@@ -325,7 +326,7 @@ def test_a_step_on_cuda_waits_for_nothing(tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="trains on CUDA")
+@NEEDS_CUDA
 def test_a_run_moves_from_cpu_to_cuda_and_back(tmp_path):
     for k, compute in enumerate((CPU, choose_compute("cuda", "fp32"), CPU), 1):
         recorder = Recorder()
