@@ -119,7 +119,7 @@ def network_only(task: Task) -> Contestant:
 
 
 def training_flops(task: Task) -> float:
-    """Floating-point operations of an image in training: three times those of the network's forward pass."""
+    """Floating-point operations of an image in training: three times those of the forward pass as computed here."""
     network = task.model().network.eval()
     x = torch.zeros(1, *task.shape, device=task.compute.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""Dropout and attention as the UNet uses them: PyTorch's own, but where a CPU is faster with another formulation.
+"""Layers as the UNet uses them: PyTorch's own, but where a CPU is faster with another formulation of the same thing.
 
 A convolution in bf16 runs close to the CPU's peak, so a step's time is decided by what stands between them
 (docs/speed.md has the profile). Dropout: Srivastava et al. 2014; attention: Vaswani et al. 2017.
@@ -56,3 +56,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights: Tensor = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3)
         return weights @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution with zero padding of 1.
+
+    On a CPU as one transposed convolution, with 4 instead of 9 products a pixel and channel: of the nine pixels below
+    the kernel only four differ, so the weights of equal ones are added up beforehand. The same sum, in another order.
+
+    Args:
+        x: [N, C_in, H, W].
+        weight: [C_out, C_in, 3, 3].
+        bias: [C_out].
+
+    Returns:
+        [N, C_out, 2H, 2W].
+    """
+    if x.device.type != "cpu":
+        return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    padded = F.pad(weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))  # a transposed convolution turns its kernel round
+    rows = padded[:, :, 1:] + padded[:, :, :-1]
+    return F.conv_transpose2d(x, rows[..., 1:] + rows[..., :-1], bias, stride=2, padding=1)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.layers import Dropout, attention
+from modeling.layers import Dropout, attention, upsampled_conv
 
 NORM_EPS = 1e-6  # of the original implementation; PyTorch's default is 1e-5
 
@@ -113,8 +113,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: [N, C, H, W]; `emb` is not used. Returns [N, C, 2H, 2W]."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
+        assert self.conv.bias is not None
+        return upsampled_conv(x, self.conv.weight, self.conv.bias)
 
 
 class UNet(nn.Module):

@@ -1,4 +1,4 @@
-"""The fast formulations of dropout and attention against their definitions and PyTorch's own."""
+"""The fast formulations of dropout, attention and upsampling against their definitions and PyTorch's own."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling.device import Compute
-from modeling.layers import Dropout, attention
+from modeling.layers import Dropout, attention, upsampled_conv
 from modeling.unet import UNet
 
 
@@ -49,6 +49,21 @@ def test_attention_is_pytorchs(tokens):
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, tokens, 8, generator=generator).unbind()
     torch.testing.assert_close(attention(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 7)])
+def test_upsampled_convolution_is_its_definition(size):
+    """Values and all three gradients, border included."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 4, *size), (6, 4, 3, 3), (6,)
+    inputs = [torch.randn(s, generator=generator, dtype=torch.double, requires_grad=True) for s in shapes]
+    x, weight, bias = inputs
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    found = upsampled_conv(x, weight, bias)
+    direction = torch.randn(expected.shape, generator=generator, dtype=torch.double)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad((out * direction).sum(), inputs) for out in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_network_in_bf16_is_the_float32_one():
