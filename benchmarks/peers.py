@@ -1,8 +1,9 @@
 """The peers, from their released packages, each in the way its users run it.
 
 diffusers: the loop of its unconditional training example. denoising-diffusion-pytorch: the loop of its Trainer. plain:
-what most course projects write: this project's network in float32, torchvision's DataLoader over PIL images, Adam as it
-comes, an EMA parameter by parameter, `.item()` at every step. All train with Adam, clip the gradient and keep an EMA.
+what most course projects write: this project's network in float32 with the upsampling written out, torchvision's
+DataLoader over PIL images, Adam as it comes, an EMA parameter by parameter, `.item()` at every step. All of them train
+with Adam, clip the gradient and keep an EMA.
 """
 
 import copy
@@ -21,6 +22,7 @@ from benchmarks.measure import Contestant
 from benchmarks.project import Task
 from modeling.diffusers_weights import to_diffusers
 from modeling.schedule import linear_betas
+from modeling.unet import Upsample
 
 
 class PILImages(Dataset[Tensor]):
@@ -157,11 +159,27 @@ def ddpm_pytorch_training(task: Task, bf16: bool = False) -> Contestant:
     return work
 
 
+class PlainUpsample(Upsample):
+    """As in its definition: the larger picture is made, and then convolved."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        nn.Module.__init__(self)
+        self.conv = conv
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """See Upsample."""
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
 def plain_training(task: Task) -> Contestant:
     """What most course projects write."""
     device = task.compute.device
     network = task.model().network.to(memory_format=torch.contiguous_format).train()
     average = copy.deepcopy(network)
+    for position, layer in enumerate(network.up):
+        if isinstance(layer, Upsample):
+            network.up[position] = PlainUpsample(layer.conv)
     optimizer = optimizer_of(task, network)
     steps = task.config.diffusion.num_timesteps
     alphas_cumprod = (1 - linear_betas(steps, 1e-4, 0.02)).cumprod(0).float().to(device)
