@@ -24,6 +24,7 @@ repository:
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses=2 --maxschedchunk=1 --cov --cov-report=term-missing
+	@! $(BIN)/python -c "import torch; exit(not torch.cuda.is_available())" || TEST_CUDA=1 $(BIN)/python -m pytest -m cuda
 
 # Speed against the peers, on this machine, with nothing else running: BENCH=--quick for a few minutes on two cores.
 bench: .venv/.installed

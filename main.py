@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -28,13 +29,14 @@ TYPED = tuple(sys.argv)
 def run(cfg: DictConfig) -> None:
     """Checks the configuration and runs its stage, or all of them in order."""
     settings = HydraConfig.get()
-    stage = ""
+    stage, resume = "", "auto"
     try:
         config = load_config(cfg, settings.overrides.task)
+        resume = config.trainer.resume
         out = Path(config.out_dir or settings.runtime.output_dir)
         count = launch.check_processes(config, settings.mode == RunMode.MULTIRUN)
         if launch.must_launch(config):
-            raise SystemExit(launch.launch(count, settings.runtime.output_dir, TYPED))
+            raise SystemExit(launch.launch(count, settings.runtime.output_dir, TYPED, resume))
         with launch.joined(config, out) as out:
             for stage in ORDER if config.stage == "all" else (config.stage,):
                 launch.poll_together()
@@ -42,7 +44,7 @@ def run(cfg: DictConfig) -> None:
                     importlib.import_module(f"modeling.stages.{stage}").run(config, out)
                 launch.wait_for_all()  # what the first process has written is there for the next stage
     except Exception as error:  # here, since Hydra adds a line to what leaves this function
-        _end(error, stage)
+        _end(error, stage, resume)
 
 
 def main() -> None:
@@ -54,17 +56,18 @@ def main() -> None:
         with stop_requests():
             run()
     except Exception as error:  # what Hydra raises before `run`; _end raises again what is a bug
-        _end(error, "")
+        _end(error)
 
 
-def _end(error: Exception, stage: str) -> None:
+def _end(error: Exception, stage: str = "", resume: str = "auto") -> None:
     """Ends the process with one line, or passes on what is a bug."""
     code = error.exit_code if isinstance(error, UserError) else 1
     if not launch.may_tell(error):
         raise SystemExit(code)
     if isinstance(error, Stopped):
-        line: str | None = f"{error}; to go on: {command_again(TYPED)}"
-    elif isinstance(error, HydraException | OmegaConfBaseException):
+        begun = error.trained or stage in ("sample", "evaluate")
+        line: str | None = f"{error}; to go on: {command_again(TYPED, resume if begun else 'auto')}"
+    elif isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError):
         unknown = re.match("Could not override '(.+?)'", str(error))
         line = f"error: {no_such_key(unknown[1]) if unknown else error}"
         code = ConfigError.exit_code

@@ -46,7 +46,15 @@ def batches(images: Any, batch_size: int, steps: tuple[Any, ...] = USUAL, worker
     """torchvision's way, for ever: float32 [N, C, H, W] in [-1, 1]."""
     dataset = PILImages(images, transforms.Compose(steps))
     pin = workers > 0 and torch.cuda.is_available()
-    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers, pin_memory=pin)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,  # these epochs are short: their start would be most of what is measured
+    )
     while True:
         yield from loader
 

@@ -28,9 +28,9 @@ def measure(steps: int, overrides: list[str]) -> dict[str, Any]:
             work()
         wait(device)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    # On CUDA an operator and its kernels both carry the kernels' time: the kernels alone are counted.
+    # On CUDA an operator, an annotated block and their kernels all carry the kernels' time: the kernels alone count.
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    events = [event for event in found.key_averages() if event.device_type == kind]
+    events = [event for event in found.key_averages() if event.device_type == kind and not event.is_user_annotation]
     times = {event.key: getattr(event, key) / 1e3 / steps for event in events}
     calls = {event.key: event.count / steps for event in events}
     order = sorted((name for name in times if times[name] > 0), key=lambda name: -times[name])

@@ -105,13 +105,14 @@ def network_only(task: Task) -> Contestant:
     n = task.config.trainer.batch_size
     device = task.compute.device
     network = task.model().network.train()
+    call = task.compute.compiled(network, task.config.trainer.compile)
     x, noise = torch.randn(2, n, *task.shape, device=device).unbind()
     t = torch.randint(task.config.diffusion.num_timesteps, (n,), device=device)
 
     def work() -> float:
         network.zero_grad()
         with task.compute.autocast():
-            loss = (network(x, t).float() - noise).square().mean()
+            loss = (call(x, t).float() - noise).square().mean()
         loss.backward()
         return n
 

@@ -227,6 +227,7 @@ def scaling(size: Size) -> dict[str, Any]:
     batches = (2,) if size.model == "tiny" else (1, 4, 16, 64)
 
     def speeds(tasks: dict[str, Callable[[], Task]]) -> dict[str, Any]:
+        torch.compiler.reset()  # it compiles so many sizes of a module in a process, and no more
         contestants = {name: project.training(make()) for name, make in tasks.items()}
         device = make_task((f"model={model}",)).compute.device
         found = rates(contestants, size.rounds, device, seconds=0.3)
@@ -258,6 +259,7 @@ def processes(model: str, size: Size) -> dict[str, Any]:
     counts = ("1", "2") if torch.cuda.device_count() != 1 else ("1",)  # a device each
     found: dict[str, list[float]] = {count: [] for count in counts}
     common = ["data=shapes", "data.num_train=640", "data.num_test=16", f"model={model}", "sampler=ddim"]
+    common.append("trainer.compile=false")  # which takes longer than these steps
     rare = [f"trainer.{name}_every={steps}" for name in ("log", "evaluate", "sample", "checkpoint")]
     few = ["trainer.evaluate_images=2", "trainer.sample_images=1", "trainer.sample_steps=1"]
     sizes = [f"trainer.batch_size={batch}", f"trainer.steps={steps}"]

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import logging
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,10 +23,12 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from modeling.errors import UserError
+from modeling.faults import out_of_memory
 from modeling.files import replacing, write_atomic
 
 log = logging.getLogger(__name__)
 KEEP = 2
+NAME = re.compile(r"step-\d{9,}\.pt")
 VERSION = 2  # of what a checkpoint holds; a file of another version is not read
 PACKAGE = Path(__file__).parent
 
@@ -66,7 +69,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         with partial.open("wb") as file:  # given a path, torch does not say that the disk is full
             torch.save({"version": VERSION, **state}, file)
         read_checkpoint(partial)
-    for old in checkpoints(folder)[:-KEEP]:
+    # Of this step and before: a damaged one of a later step, passed over by a resume, is none of the two.
+    for old in [found for found in checkpoints(folder) if found.name <= path.name][:-KEEP]:
         try:
             old.unlink()
         except OSError as error:
@@ -75,8 +79,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
+    """The checkpoints of a folder, oldest first; a user's own files beside them are none."""
+    return sorted(path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name))
 
 
 class Damaged(RuntimeError):
@@ -99,9 +103,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is strange about the file
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # what a parser of hostile bytes raises is a long list, and none of it is our bug
+        if out_of_memory(error):
+            raise
         raise Damaged(" ".join(str(error).split())[:120] or type(error).__name__) from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, dict) else None

@@ -217,7 +217,7 @@ def _check_optimizer(o: OptimizerConfig) -> None:
 
 def _check_trainer(t: TrainerConfig, num_timesteps: int) -> None:
     positive = ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_images", "sample_every")
-    _positive("trainer", t, *positive, "sample_images", "checkpoint_every")
+    _positive("trainer", t, *positive, "sample_images", "checkpoint_every", "checkpoint_minutes")
     _positive("trainer", t, "nproc")
     size = t.micro_batch_size
     _require(size is None or size > 0, "trainer.micro_batch_size", size, "must be at least 1, or null for the batch")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling.errors import UserError
-from modeling.files import cannot_write
+from modeling.errors import Stopped, UserError
+from modeling.files import cannot_write, locked
 from modeling.shapes import CLASSES, draw_shapes
-from modeling.signals import poll
+from modeling.signals import poll, stopped_at_once
 
 Uint8 = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -61,8 +61,12 @@ def cifar10(root: Path) -> tuple[Split, Split, list[str]]:
         train, classes = load(True, False)
     except RuntimeError:
         try:
-            train, classes = load(True, True)
-        except (OSError, RuntimeError) as error:
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / ".lock", wait=True), stopped_at_once():  # one download, and one that can be stopped
+                train, classes = load(True, True)
+        except Stopped:
+            raise
+        except (OSError, RuntimeError, UserError) as error:
             files = {root / CIFAR10.base_folder / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
             bad = [path.name for path, md5 in files.items() if path.exists() and not check_integrity(path, md5)]
             damaged = f" ({', '.join(bad)}: wrong MD5)" if bad else ""
@@ -129,8 +133,17 @@ def shapes(num_train: int, num_test: int, image_size: int, seed: int) -> tuple[S
     )
 
 
-def write_prepared(target: Path, train: Split, test: Split, classes: Sequence[str]) -> dict[str, Any]:
+def write_prepared(
+    target: Path, train: Split, test: Split, classes: Sequence[str], source: Mapping[str, Any]
+) -> dict[str, Any]:
     """Writes a prepared folder, whole or not at all, and returns what data.json holds. One process at a time.
+
+    Args:
+        target: the folder.
+        train: images and labels to train on.
+        test: never trained on.
+        classes: names of the labels.
+        source: the settings that it was made from.
 
     Raises:
         UserError: the folder cannot be written.
@@ -140,7 +153,8 @@ def write_prepared(target: Path, train: Split, test: Split, classes: Sequence[st
         for left in (partial, old):  # by a killed process
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
-        meta: dict[str, Any] = {"classes": list(classes), "shape": list(train[0].shape[1:]), "sha256": {}}
+        meta: dict[str, Any] = {"source": dict(source), "classes": list(classes), "shape": list(train[0].shape[1:])}
+        meta["sha256"] = {}
         for name, (images, labels) in (("train", train), ("test", test)):
             meta[f"num_{name}"] = len(images)
             for stem, array in ((name, images), (f"{name}_labels", labels)):
@@ -167,7 +181,10 @@ def read_prepared(source: Path) -> dict[str, Any]:
     """
     try:
         meta: dict[str, Any] = json.loads((source / "data.json").read_text())
-    except (OSError, ValueError) as error:
+        missing = {"classes", "shape", "sha256"} - {*meta}
+        if missing:
+            raise ValueError(f"data.json does not say {', '.join(sorted(missing))}")
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(f"no prepared data in {source} ({error}): run stage=prepare first") from None
     return meta
 

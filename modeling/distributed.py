@@ -119,12 +119,17 @@ def barrier() -> None:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process. Takes about 0.1 ms on one machine, and no wait for the device."""
+    return any_process_each(flag)[0]
+
+
+def any_process_each(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is set in any process."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor([flag], dtype=torch.int32)
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int32)
     with _lost_if_it_fails():
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:

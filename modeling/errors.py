@@ -20,6 +20,14 @@ class Lost(UserError):
 
 
 class Stopped(UserError):
-    """A signal asked for a stop and all work is saved; the same command goes on."""
+    """A signal asked for a stop and all work is saved; the same command goes on.
+
+    Args:
+        trained: a training has begun, so that trainer.resume=never would throw away what it has saved.
+    """
 
     exit_code = 75
+
+    def __init__(self, message: str, trained: bool = False) -> None:
+        super().__init__(message)
+        self.trained = trained

@@ -17,7 +17,7 @@ def explain(error: Exception, stage: str) -> str | None:
         error: that no module turned into a UserError.
         stage: in which it happened.
     """
-    if _out_of_memory(error):
+    if out_of_memory(error):
         reason = " ".join(str(error).split())[:160]
         advice = SMALLER.get(stage, "use fewer or smaller images")
         return f"out of memory in stage {stage} ({reason}): {advice}, or choose a smaller model or precision=bf16"
@@ -26,7 +26,8 @@ def explain(error: Exception, stage: str) -> str | None:
     return None
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory has run out, of the device or of the machine."""
     # By name, since this module must not import torch: main.py starts fast.
     named = type(error).__name__ in ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError")
     return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from modeling.errors import UserError
+from modeling.faults import out_of_memory
 from modeling.signals import poll
 
 STALE = 3600.0  # seconds without a change after which a partial file is known to be left from a killed process
@@ -32,6 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _flush(path.parent)  # else the rename itself may be lost with the power
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if out_of_memory(error):
+            raise
         raise cannot_write(path, error) from None
     finally:
         with suppress(OSError):

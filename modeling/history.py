@@ -5,8 +5,10 @@ What is published holds no times and no speeds, so an interrupted run publishes 
 
 import csv
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from modeling.files import cannot_write, replacing, write_atomic
@@ -72,6 +74,7 @@ class History:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt  # after the choice of a backend without a screen
+        from matplotlib import ticker
 
         rows = self.rows()
         figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
@@ -79,6 +82,8 @@ class History:
             points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
             axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "held_out_loss" else None)
         axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))  # curves seldom span more than a power of ten
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.grid(alpha=0.3, which="both")
         axes.legend()
         figure.tight_layout()
@@ -96,4 +101,9 @@ def _text(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _whole(row: Mapping[str, str | None]) -> bool:
-    return all(row.get(key) is not None for key in KEPT) and str(row["step"]).isdigit()  # a kill may cut a line
+    """A kill may cut a line, and a disk may spoil one."""
+    if set(row) != set(KEPT) or not str(row["step"]).isdecimal() or not row["images"] or not row["seconds"]:
+        return False
+    with suppress(TypeError, ValueError):
+        return all(math.isfinite(float(value)) for value in row.values() if value != "")  # type: ignore[arg-type]
+    return False

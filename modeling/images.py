@@ -3,6 +3,7 @@
 Training, evaluation and every picture that is written use these two functions and no other constants.
 """
 
+import io
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling.files import replacing
+from modeling.files import write_atomic
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -54,6 +55,12 @@ def save_png(path: Path, image: Tensor) -> None:
     Raises:
         UserError: it cannot be written.
     """
+    write_atomic(path, png_bytes(image))
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """uint8 [H, W, C] (C = 1 or 3) as the content of a PNG."""
     array = image.cpu().numpy()
-    with replacing(path) as partial:
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(partial, format="PNG")
+    content = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(content, format="PNG")
+    return content.getvalue()

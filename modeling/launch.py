@@ -72,7 +72,7 @@ def must_launch(config: Config) -> bool:
     return config.trainer.nproc > 1 and world_size() == 1 and config.stage in ("all", *TOGETHER)
 
 
-def launch(count: int, run_dir: str, command: Sequence[str]) -> int:
+def launch(count: int, run_dir: str, command: Sequence[str], resume: str) -> int:
     """Runs `count` processes of this command line to their end, and returns the exit code of the whole.
 
     A request to stop is passed on; the failure of one ends the others, at the latest after GRACE seconds.
@@ -81,6 +81,7 @@ def launch(count: int, run_dir: str, command: Sequence[str]) -> int:
         count: of processes.
         run_dir: Hydra's folder of this process.
         command: what was typed: a Python file and its arguments.
+        resume: trainer.resume.
     """
     with tempfile.TemporaryDirectory(prefix="ddpm-") as folder:
         environment = {
@@ -100,7 +101,7 @@ def launch(count: int, run_dir: str, command: Sequence[str]) -> int:
                     [sys.executable, *command], env=own, stdin=subprocess.PIPE, start_new_session=True
                 )
                 workers.append(start)
-            return _wait(workers, Path(folder))
+            return _wait(workers, Path(folder), command_again(command, resume))
         finally:
             for worker in workers:
                 worker.kill()
@@ -112,7 +113,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
+def _wait(workers: Sequence[subprocess.Popen[bytes]], folder: Path, again: str) -> int:
     codes: list[int] = []  # in the order in which they ended
     left = dict(enumerate(workers))
     asked, deadline = False, None
@@ -125,8 +126,11 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
             codes.append(code)
             if code < 0 and deadline is None and _claim(folder):
                 name = signal.Signals(-code).name
-                again = f"the last checkpoint is kept; to go on: {command_again()}"
-                print(f"error: process {k} of {len(workers)} was killed ({name}): {again}", file=sys.stderr)
+                print(
+                    f"error: process {k} of {len(workers)} was killed ({name}): the last checkpoint is kept; to go on: "
+                    f"{again}",
+                    file=sys.stderr,
+                )
             if code not in (0, Stopped.exit_code) and deadline is None:
                 deadline = time.monotonic() + GRACE
         if stop_requested():
@@ -145,7 +149,7 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], folder: Path) -> int:
         return Stopped.exit_code
     if (failed or Lost.exit_code in codes) and _claim(folder):  # nobody has said why
         reason = (folder / LOST).read_text() if (folder / LOST).exists() else "the processes have lost each other"
-        print(f"error: {reason}; to go on: {command_again()}", file=sys.stderr)
+        print(f"error: {reason}; to go on: {again}", file=sys.stderr)
     return max(failed[0], 1) if failed else int(Lost.exit_code in codes)
 
 
@@ -180,8 +184,9 @@ def _go_on(config: Config, restarted: bool) -> None:
 
 def _stop_with_launcher() -> None:
     os.read(0, 1)  # ends with the launcher
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LAST)
+    if not (Path(os.environ[JOB]) / STOP_FILE).exists():  # else a second signal has ended it: this process ends too
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LAST)
     os.kill(os.getpid(), signal.SIGKILL)  # a process that waits within the backend hears no other
 
 

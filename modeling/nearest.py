@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modeling.images import image_grid
+from modeling.signals import poll
 
 CHUNK = 4096  # training images at a time
 
@@ -39,6 +40,7 @@ def nearest_images(queries: Tensor, images: Tensor, k: int, mirror: bool) -> Nei
     best = torch.full((len(queries), k), torch.inf)
     best_code = torch.zeros((len(queries), k), dtype=torch.int64)  # 2 * index, + 1 for the mirror image
     for start in range(0, len(images), CHUNK):
+        poll()
         part = images[start : start + CHUNK]
         codes = 2 * torch.arange(start, start + len(part))
         distance = _squared_distance(flat, part)

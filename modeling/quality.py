@@ -26,7 +26,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 from modeling.distributed import from_first, is_first, sharded
 from modeling.errors import UserError
 from modeling.files import replacing
-from modeling.signals import poll
+from modeling.signals import poll, stopped_at_once
 
 log = logging.getLogger(__name__)
 MIN_SAMPLES = 10_000
@@ -110,7 +110,8 @@ def _download(sha256: str) -> tuple[str, str]:
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
+            with stopped_at_once():
+                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
             return "", (
@@ -190,6 +191,11 @@ def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str
 
     Below MIN_SAMPLES samples each name ends in their number: fid_5000 is no FID.
     """
+    with stopped_at_once():  # minutes for 50,000 samples
+        return _quality_metrics(pool, logits, reference)
+
+
+def _quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str, float]:
     n = len(pool)
     subset = min(KID_SUBSET, n, len(reference))
     kid = kid_features_to_metric(pool, reference, kid_subset_size=subset, verbose=False)

@@ -60,7 +60,7 @@ class Reports:
         self.progress.started(step)
 
     def _pictures(self) -> list[Path]:
-        return sorted((self.folder / "samples").glob("step-*.png"))
+        return sorted(p for p in (self.folder / "samples").glob("step-*.png") if p.stem[5:].isdecimal())
 
     def _tell_again(self) -> None:
         earlier = self.notes.get("wandb_folders", [])
@@ -72,7 +72,7 @@ class Reports:
         for row in self.history.rows():
             if self.tracker.lacks(int(row["step"])):
                 self._track(row, pictures.get(int(row["step"])))
-        if self.tracker.folder is not None:
+        if self.tracker.folder is not None and self.tracker.run is not None:  # it holds all that the earlier ones do
             self.tracker.replaces(earlier)
             self._note([str(self.tracker.folder)])
 

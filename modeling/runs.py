@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modeling.checkpoint import checkpoints, code_hash, fingerprint
 from modeling.errors import ConfigError
@@ -20,10 +20,18 @@ from modeling.paths import read_notes, state_root, write_notes
 from modeling.settings import Config
 
 log = logging.getLogger(__name__)
+REPORTS = ("log_every", "evaluate_every", "evaluate_images", "sample_every", "sample_images", "sample_steps")
 TRAINS = ("batch_size", "ema_decay", "random_flip", "timestep_sampling", "label_dropout")  # of the trainer group
 
 
-def recipe_parts(config: Config, bf16: bool, data_sha256: dict[str, str], start: Path | None) -> dict[str, Any]:
+class Start(NamedTuple):
+    """A checkpoint that a run starts from."""
+
+    path: Path
+    sha256: str
+
+
+def recipe_parts(config: Config, bf16: bool, data_sha256: dict[str, str], start: Start | None) -> dict[str, Any]:
     """All of the input that determines a run's weights: not its duration, its logging or its device."""
     model, diffusion = dataclasses.asdict(config.model), dataclasses.asdict(config.diffusion)
     del model["name"], model["weights"]
@@ -40,12 +48,14 @@ def recipe_parts(config: Config, bf16: bool, data_sha256: dict[str, str], start:
         "optimizer": dataclasses.asdict(config.optimizer),
         "trainer": trainer,
         "steps": config.trainer.steps if config.optimizer.lr_decay != "none" else None,
-        "start": hashlib.sha256(start.read_bytes()).hexdigest() if start else None,
+        "start": start.sha256 if start else None,
     }
 
 
-def start_checkpoint(config: Config) -> Path | None:
+def start_checkpoint(config: Config) -> Start | None:
     """The checkpoint that trainer.resume names, or None if it is `auto` or `never`.
+
+    It may be gone once a run has started from it and has checkpoints of its own: the oldest of a run go.
 
     Raises:
         ConfigError: there is no such file, here or under the repository's root.
@@ -53,9 +63,15 @@ def start_checkpoint(config: Config) -> Path | None:
     resume = config.trainer.resume
     if resume in ("auto", "never"):
         return None
-    for path in (Path(resume), state_root() / resume):
+    paths = [Path(resume).absolute(), state_root() / resume]
+    for path in paths:
         if path.is_file():
-            return path.absolute()
+            return Start(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    noted = sorted((state_root() / "runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for folder in (path.parent for path in noted):
+        start = read_notes(folder).get("start")
+        if isinstance(start, dict) and str(start.get("path")) in map(str, paths) and checkpoints(folder):
+            return Start(Path(start["path"]), str(start.get("sha256")))
     raise ConfigError(f"trainer.resume={resume}: no such file; allowed are auto, never, or a checkpoint to start from")
 
 
@@ -75,9 +91,12 @@ class Run:
         self.config = config
         self.start = start_checkpoint(config)
         parts = recipe_parts(config, bf16, data_sha256, self.start)
+        code = {"code": [code_hash("training"), code_hash("build")]}
         self.recipe = fingerprint(parts)
-        self.name = fingerprint(parts | {"code": [code_hash("training"), code_hash("build")]})
+        self.name = fingerprint(parts | code)
         self.folder = state_root() / "runs" / self.name
+        self.other_precision = "fp32" if bf16 else "bf16"
+        self.in_other_precision = self.folder.with_name(fingerprint(parts | code | {"precision": self.other_precision}))
         steps = config.trainer.steps
         if config.trainer.resume != "never" and any(step_of(path) > steps for path in checkpoints(self.folder)):
             self.folder = self.folder.with_name(f"{self.name}-upto-{steps}")  # ends before the state's step
@@ -97,24 +116,62 @@ class Run:
                 self._set_aside()
             elif not checkpoints(self.folder):
                 self._tell_of_other_code()
+                self._tell_of_other_precision()
             notes = read_notes(self.folder) | {"recipe": self.recipe}
+            if self.start:
+                notes["start"] = {"path": str(self.start.path), "sha256": self.start.sha256}
+            self._tell_of_other_reports(notes)
             write_notes(self.folder, notes)
             yield notes
 
     def _set_aside(self) -> None:
-        """Moves what is there to replaced/, the only place for it: what was there before is deleted."""
-        found = [*checkpoints(self.folder), *self.folder.glob("train.csv"), *self.folder.glob("run.json")]
-        if not found:
-            return
-        replaced = self.folder / "replaced"
+        """Moves what is there to replaced/, the only place for it: what was there before is deleted.
+
+        What has no checkpoint is of no use, and does not replace what has.
+        """
+        replaced, kept = self.folder / "replaced", checkpoints(self.folder)
+        found = [*kept, *(self.folder / name for name in ("train.csv", "run.json", "samples"))]
         try:
-            shutil.rmtree(replaced, ignore_errors=True)
-            replaced.mkdir()
-            for path in found:
-                path.rename(replaced / path.name)
+            if kept:
+                shutil.rmtree(replaced, ignore_errors=True)
+                replaced.mkdir()
+            for path in filter(Path.exists, found):
+                if kept:
+                    path.rename(replaced / path.name)
+                elif path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            (self.folder / "samples").mkdir()
         except OSError as error:
             raise cannot_write(replaced, error) from None
-        log.info("trainer.resume=never: the earlier state is in %s until the next time", replaced)
+        if kept:
+            log.info("trainer.resume=never: the earlier state is in %s until the next time", replaced)
+
+    def _tell_of_other_reports(self, notes: dict[str, Any]) -> None:
+        """Says so if earlier rows and grids were made otherwise than those to come, and notes how these are made."""
+        now = {key: getattr(self.config.trainer, key) for key in REPORTS}
+        before = notes.get("reports")
+        found = checkpoints(self.folder)
+        if found and isinstance(before, dict) and before != now:
+            changed = [f"trainer.{key}={before.get(key)}" for key in REPORTS if before.get(key) != now[key]]
+            log.info(
+                "up to step %d, rows and sample grids are those of %s; trainer.resume=never makes all of them again",
+                step_of(found[-1]),
+                ", ".join(changed),
+            )
+        notes["reports"] = now
+
+    def _tell_of_other_precision(self) -> None:
+        """Says so if the same was trained in the other precision, which `auto` means on another device."""
+        found = checkpoints(self.in_other_precision)
+        if found:
+            log.info(
+                "there is a state of step %d of this run in %s: starting fresh; precision=%s goes on from there",
+                step_of(found[-1]),
+                self.other_precision,
+                self.other_precision,
+            )
 
     def _tell_of_other_code(self) -> None:
         """Says so if the same configuration was trained with other code."""

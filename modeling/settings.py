@@ -104,6 +104,7 @@ class TrainerConfig:
     sample_images: int
     sample_steps: int
     checkpoint_every: int
+    checkpoint_minutes: float = 10.0
     resume: str = "auto"
     compile: bool | None = None
     micro_batch_size: int | None = None

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from modeling.checkpoint import Damaged, read_checkpoint, restore_newest, save_checkpoint
 from modeling.distributed import barrier, from_first, is_first
 from modeling.ema import EMA
-from modeling.errors import ConfigError
+from modeling.errors import ConfigError, UserError
+from modeling.faults import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class TrainingState:
 
         Raises:
             ConfigError: `start` cannot be used.
-            UserError: there are checkpoints in the folder, and none of them can be used.
+            UserError: there are checkpoints in the folder, and none of them can be used; or the newest is of a later
+                step, so that another process has trained in the meantime.
         """
         if is_first() and not restore_newest(folder, self.load_state_dict) and start is not None:
             try:
@@ -80,6 +82,8 @@ class TrainingState:
                 raise ConfigError(f"trainer.resume={start}: {error}") from None
             if self.step > steps:
                 raise ConfigError(f"trainer.resume={start}: it is of step {self.step}, trainer.steps={steps}")
+        if self.step > steps:
+            raise UserError(f"the newest checkpoint in {folder} is of step {self.step} by now: run this again")
         state = from_first(self.state_dict)
         if not is_first():
             self.load_state_dict(state)
@@ -131,7 +135,7 @@ class TrainingState:
                 )
             self.sums.copy_(state["sums"])
             self.step, self.images, self.seconds = int(state["step"]), int(state["images"]), float(state["seconds"])
-        except torch.OutOfMemoryError:
-            raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             raise Damaged(" ".join(str(error).split())[:120]) from None

@@ -47,9 +47,14 @@ class Tracker:
         self.first = 0  # the first step that W&B has not
         if mode == "disabled":
             return
-        if mode == "online" and not wandb.login(prompt=False, verify=False, timeout=int(settings.timeout)):
-            log.warning("W&B: no API key (set WANDB_API_KEY or run `wandb login`): this run is offline")
-            mode = "offline"
+        if mode == "online":
+            try:
+                reason = "" if wandb.login(prompt=False, verify=False, timeout=int(settings.timeout)) else "no API key"
+            except Exception as error:  # such as a key of a wrong length; whatever it is, training goes on
+                reason = str(error).split("\n")[0]
+            if reason:
+                log.warning("W&B: %s (set WANDB_API_KEY or run `wandb login`): this run is offline", reason)
+                mode = "offline"
 
         def start(mode: Any) -> Any:
             return wandb.init(
@@ -80,8 +85,12 @@ class Tracker:
                 self._failed(error)
                 return
             log.warning("W&B: no connection (%s): this run is offline", str(error).split("\n")[0])
-            wandb.teardown()
-            self.run = start("offline")
+            try:
+                wandb.teardown()
+                self.run = start("offline")
+            except Exception as again:
+                self._failed(again)
+                return
         self.offline = bool(self.run.offline)
         if self.offline:
             self.folder = Path(self.run.settings.sync_dir)

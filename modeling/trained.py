@@ -4,6 +4,7 @@ A published model carries its whole configuration, so that `load_trained` needs 
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from modeling.checkpoint import load_model, weights_hash
 from modeling.diffusers_format import load_diffusers
 from modeling.diffusion import DiffusionModel
 from modeling.errors import ConfigError, UserError
+from modeling.faults import out_of_memory
 from modeling.settings import CHOICES, GROUPS, MAX_TIMESTEPS, Config, DiffusionConfig, ModelConfig
+
+RUN = re.compile(r"[A-Za-z0-9-]+")  # the name of a run's folder
 
 
 def architecture(model: ModelConfig, diffusion: DiffusionConfig) -> dict[str, Any]:
@@ -37,20 +41,26 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
     Raises:
         UserError: missing, damaged, or the weights are not those of the architecture that the file names.
     """
-    tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
-    meta["sha256"] = weights_hash(tensors)
     try:
+        tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
+        meta["sha256"] = weights_hash(tensors)
+        if not RUN.fullmatch(meta["run"]) or not isinstance(meta["steps"], int):  # part of a path, and of W&B's axis
+            raise ValueError(f"it names the run {meta['run']!r} and the steps {meta['steps']!r}")
+        if "data" in meta["config"]:
+            parse_group("data", meta["config"]["data"])
         model = parse_group("model", meta["config"]["model"])
         diffusion = parse_group("diffusion", meta["config"]["diffusion"])
         num_classes = len(meta["classes"])
         _check_sizes(tensors, model, diffusion, meta["image_shape"], num_classes)
         trained = build_model(model, diffusion, meta["image_shape"], num_classes, seed=0)
         trained.load_state_dict(tensors)
-    except MemoryError:
+    except UserError:
         raise
     except Exception as error:  # what hostile metadata lead to is a long list, and none of it is our bug
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {path} is of another architecture than it says: {reason}") from None
+        if out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"model {path} is not what it says: {reason}") from None
     return trained.eval(), meta
 
 

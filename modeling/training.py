@@ -24,7 +24,7 @@ from modeling.checkpoint import checkpoints
 from modeling.data import LabelledImages
 from modeling.device import Compute
 from modeling.diffusion import DiffusionModel
-from modeling.distributed import any_process, check_same, from_first, is_first, share, sum_over_processes
+from modeling.distributed import any_process_each, check_same, from_first, is_first, share, sum_over_processes
 from modeling.drawing import draw_samples
 from modeling.ema import EMA
 from modeling.errors import Stopped, UserError
@@ -117,18 +117,16 @@ class Trainer:
             UserError: the loss is not finite, or no checkpoint can be written, or none of those that are there be read.
         """
         self.state.take_up(self.folder, self.start, self.config.steps)
-        saved = self.step
+        saved, saved_at = self.step, time.monotonic()
         self.reporter.started(self.step)
         since = time.perf_counter()
         while True:
             last = self.step == self.config.steps
-            stop = any_process(stop_requested())
-            if self.step != saved and (last or stop or self.step % self.config.checkpoint_every == 0):
-                weights = self.parameters + self.ema.shadow
-                check_same(weights, f"the weights after step {self.step}")
-                since = self._lap(since, weights)
-                self.state.save(self.folder)
-                saved = self.step
+            old = time.monotonic() - saved_at >= 60 * self.config.checkpoint_minutes
+            stop, old = any_process_each(stop_requested(), old)
+            if self.step != saved and (last or stop or old or self.step % self.config.checkpoint_every == 0):
+                since = self._save(since)
+                saved, saved_at = self.step, time.monotonic()
             if stop and not last:
                 raise self._stopped()
             if self.step and self._due():
@@ -139,7 +137,7 @@ class Trainer:
                 except Stopped:
                     if self.step != saved:
                         self.state.sums.copy_(sums)  # the report will be made again, from the same sums
-                        self.state.save(self.folder)
+                        self._save(since)
                     raise self._stopped() from None
                 since = time.perf_counter()
             if last:
@@ -149,9 +147,16 @@ class Trainer:
             if len(self.watch) >= LOOK_EVERY:
                 since = self._lap(since)
 
+    def _save(self, since: float) -> float:
+        """Saves a checkpoint of what is finite and the same in all processes; as _lap."""
+        weights = self.parameters + self.ema.shadow
+        check_same(weights, f"the weights after step {self.step}")
+        now = self._lap(since, weights)
+        self.state.save(self.folder)
+        return now
+
     def _stopped(self) -> Stopped:
-        how = " (trainer.resume=auto goes on from it)" if self.config.resume == "never" else ""
-        return Stopped(f"stopped after step {self.step}, all work is saved{how}")
+        return Stopped(f"stopped after step {self.step}, all work is saved", trained=True)
 
     def _train_step(self) -> None:
         step = self.step
@@ -159,7 +164,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         inputs = self.draws.step(step)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         self.optimizer.zero_grad()
         losses = [self._pass(inputs, part) for part in self.parts]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -177,7 +183,7 @@ class Trainer:
         """What a part of the batch adds to the step's loss; its gradient is added to the parameters'."""
         # A name for each start, so that no two parts of a step drop the same; the first is that of the whole batch.
         stream = f"dropout {part.start}" if part.start else "dropout"
-        torch.manual_seed(step_seed(self.seed, stream, self.step))
+        self.compute.seed(step_seed(self.seed, stream, self.step))
         with self.compute.autocast():
             losses = self.forward(*inputs.part(part))
         loss = losses.mean() * ((part.stop - part.start) / self.config.batch_size)
@@ -230,11 +236,14 @@ class Trainer:
             with self.ema.swapped_in():
                 losses, _ = held_out_losses(self.model, self.test, EVALUATION_BATCH, self.compute)
             row["held_out_loss"] = losses.double().mean().item()
-        self.last_row = row
-        self.reporter.logged(step, row, self.state.seconds)
+        images = None
         if last or step % c.sample_every == 0:
             with self.ema.swapped_in():
                 sampler = DDIMConfig("ddim", c.sample_steps, True, c.sample_images, SAMPLING_BATCH, seed=0)
                 shape = self.test.images.shape[1:]
                 images = draw_samples(self.model, sampler, range(c.sample_images), shape, self.compute)
+        self.last_row = row
+        # All of a step at once: W&B's server takes no more of a step that it has.
+        self.reporter.logged(step, row, self.state.seconds)
+        if images is not None:
             self.reporter.sampled(step, images)

@@ -21,7 +21,8 @@ from modeling.checkpoint import (
     save_model,
 )
 from modeling.errors import UserError
-from modeling.files import write_atomic
+from modeling.faults import out_of_memory
+from modeling.files import replacing, write_atomic
 
 
 def state(step):
@@ -42,6 +43,39 @@ def test_round_trip_and_rotation(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     loaded = newest(tmp_path)
     assert loaded["step"] == 10 and torch.equal(loaded["weights"]["w"], state(10)["weights"]["w"])
+
+
+def test_a_later_one_that_was_passed_over_is_none_of_the_two_that_are_kept(tmp_path):
+    for step in (750, 1000):
+        save_checkpoint(tmp_path, step, state(step))
+    truncate(tmp_path / "step-000001000.pt")
+    save_checkpoint(tmp_path, 800, state(800))
+    assert [int(p.stem[5:]) for p in checkpoints(tmp_path)] == [750, 800, 1000]
+    save_checkpoint(tmp_path, 1000, state(1000))
+    assert [int(p.stem[5:]) for p in checkpoints(tmp_path)] == [800, 1000]
+
+
+def test_a_users_own_files_are_no_checkpoints(tmp_path):
+    own = [tmp_path / "step-best.pt", tmp_path / "step-000000001-copy.pt"]
+    for path in own:
+        path.touch()
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, state(step))
+    assert len(checkpoints(tmp_path)) == 2 and all(path.exists() for path in own)
+
+
+def test_too_little_memory_is_no_damage(tmp_path, caplog):
+    save_checkpoint(tmp_path, 1, state(1))
+    big = torch.empty(1, dtype=torch.uint8)
+
+    def restore(_):
+        big.new_empty(2**60)  # what the allocator says is a RuntimeError
+
+    with pytest.raises(RuntimeError, match="allocate") as raised:
+        restore_newest(tmp_path, restore)
+    assert out_of_memory(raised.value) and "damaged" not in caplog.text
+    with pytest.raises(RuntimeError, match="allocate"), replacing(tmp_path / "x"):
+        restore(None)
 
 
 def truncate(path):

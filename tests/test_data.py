@@ -22,21 +22,21 @@ def split(n, size=4, offset=0):
 
 
 def test_prepared_round_trip(tmp_path):
-    meta = write_prepared(tmp_path / "x", split(5), split(2, offset=7), ["a", "b"])
+    meta = write_prepared(tmp_path / "x", split(5), split(2, offset=7), ["a", "b"], {"name": "x"})
     assert meta == read_prepared(tmp_path / "x")
     assert (meta["num_train"], meta["num_test"], meta["shape"]) == (5, 2, [4, 4, 3])
     images, labels = load_split(tmp_path / "x", "train")
     assert labels.tolist() == [0, 1, 0, 1, 0]
     assert images.shape == (5, 3, 4, 4) and images.dtype == torch.uint8
     assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(split(5)[0]))
-    again = write_prepared(tmp_path / "x", split(5), split(2, offset=7), ["a", "b"])
+    again = write_prepared(tmp_path / "x", split(5), split(2, offset=7), ["a", "b"], {"name": "x"})
     assert again == meta and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_prepared_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        write_prepared(tmp_path / "file" / "x", split(2), split(1), ["a"])
+        write_prepared(tmp_path / "file" / "x", split(2), split(1), ["a"], {})
 
 
 def test_missing_prepared_folder(tmp_path):
@@ -198,7 +198,7 @@ def test_step_seeds_do_not_collide():
 
 
 def test_data_json_is_plain(tmp_path):
-    write_prepared(tmp_path / "x", split(2), split(1), ["a"])
+    write_prepared(tmp_path / "x", split(2), split(1), ["a"], {})
     assert set(json.loads((tmp_path / "x" / "data.json").read_text())["sha256"]) == {
         "train",
         "train_labels",
@@ -207,16 +207,24 @@ def test_data_json_is_plain(tmp_path):
     }
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "3", "{"])
+def test_a_damaged_data_json_is_named(tmp_path, content):
+    write_prepared(tmp_path / "x", split(2), split(1), ["a"], {})
+    (tmp_path / "x" / "data.json").write_text(content)
+    with pytest.raises(UserError, match=r"no prepared data in .*run stage=prepare first"):
+        read_prepared(tmp_path / "x")
+
+
 @pytest.mark.parametrize("name", ["train.npy", "train_labels.npy"])
 def test_damaged_arrays_are_named(tmp_path, name):
-    write_prepared(tmp_path / "x", split(2), split(1), ["a"])
+    write_prepared(tmp_path / "x", split(2), split(1), ["a"], {})
     (tmp_path / "x" / name).write_bytes(b"no array")
     with pytest.raises(UserError, match=rf"{name} is damaged .*run stage=prepare again"):
         load_split(tmp_path / "x", "train")
 
 
 def test_a_changed_bit_is_found_before_anything_is_trained_on_it(tmp_path):
-    write_prepared(tmp_path / "x", split(2), split(1), ["a"])
+    write_prepared(tmp_path / "x", split(2), split(1), ["a"], {})
     path = tmp_path / "x" / "train.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

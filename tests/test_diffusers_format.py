@@ -1,6 +1,8 @@
 """What a diffusers folder cannot express, or we cannot read, is refused by name."""
 
 import json
+import os
+import pickle
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from modeling.build import build_model
 from modeling.diffusers_format import load_diffusers, save_diffusers
 from modeling.errors import UserError
 from modeling.settings import DiffusionConfig, LinearConfig, ModelConfig, SigmoidConfig
+from modeling.trained import load_trained
 
 MODEL = ModelConfig("x", 8, [1, 2], 1, [8], 1, 0.0, 4)
 LINEAR = LinearConfig("linear", 10, "epsilon", "fixed_small")
@@ -77,3 +80,25 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     saved(tmp_path, diffusion=SigmoidConfig("sigmoid", 10, "epsilon", "fixed_small"))
     scheduler = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
     assert len(scheduler["trained_betas"]) == 10
+
+
+def test_a_hostile_folder_is_refused(tmp_path):
+    class Run:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'hacked'}",)
+
+    for content in ("[]", "3", "{"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            load_trained(tmp_path)
+    saved(tmp_path)
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    binary = tmp_path / "unet/diffusion_pytorch_model.bin"
+    for content in (pickle.dumps(Run()), b"", b"no pickle"):
+        binary.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            load_trained(tmp_path)
+    torch.save({"x": Run()}, binary)
+    with pytest.raises(UserError, match="is damaged"):
+        load_trained(tmp_path)
+    assert not (tmp_path / "hacked").exists()

@@ -209,6 +209,25 @@ def test_stops_and_deaths_lose_nothing(tmp_path):
         assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes(), name
 
 
+def test_the_second_signal_ends_all_processes_at_once(tmp_path):
+    """One of them hangs, so the other waits for it, and the first signal cannot be heeded."""
+    main(tmp_path, "stage=prepare")
+    process = start(tmp_path, *LONG)
+    while newest(tmp_path) < 10:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    ranks = workers(process)
+    ranks[1].suspend()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+    ranks[1].resume()
+    psutil.wait_procs(ranks, timeout=5)
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
+
+
 def test_another_number_of_processes_goes_on(tmp_path, one, record_deviation):
     root = tmp_path / "changing"
     main(root, "model.dropout=0", "trainer.steps=2", "trainer.nproc=2")
@@ -357,17 +376,20 @@ def test_the_exit_code_is_the_culprits(tmp_path, capsys):
         ended = [subprocess.Popen([sys.executable, "-SEc", f"raise SystemExit({code})"]) for code in codes]
         for process in ended:
             process.wait()
-        return launch._wait(ended, tmp_path)
+        return launch._wait(ended, tmp_path, "again")
 
     assert [outcome(*codes) for codes in ((0, 0), (0, 75), (69, 2), (75, 1), (69, 75))] == [0, 75, 2, 1, 75]
     assert outcome(69, 69) == 1 and "the processes have lost each other" in capsys.readouterr().err
     (tmp_path / "lost").write_text("no network")
-    assert outcome(69, 3) == 3 and "error: no network; to go on:" in capsys.readouterr().err
+    assert outcome(69, 3) == 3 and "error: no network; to go on: again" in capsys.readouterr().err
+
+
+UNSEEN = {"nproc", "micro_batch_size", "compile", "checkpoint_every", "checkpoint_minutes"}  # in any result
 
 
 def test_dvc_repeats_no_training_for_what_changes_no_result():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    keys = {f.name for f in dataclasses.fields(TrainerConfig)} - {"nproc", "micro_batch_size", "compile"}
+    keys = {f.name for f in dataclasses.fields(TrainerConfig)} - UNSEEN
     assert {p for p in stages["train"]["params"] if p.startswith("trainer")} == {f"trainer.{key}" for key in keys}
     assert not any(p.startswith("trainer") for p in stages["evaluate"]["params"])
 
@@ -378,7 +400,7 @@ def test_who_does_not_go_is_killed(tmp_path, monkeypatch, capsys):
     stays = subprocess.Popen([sys.executable, "-SEc", stubborn], stdout=subprocess.PIPE)
     stays.stdout.readline()
     fails = subprocess.Popen([sys.executable, "-SEc", "raise SystemExit(3)"])
-    assert launch._wait([fails, stays], tmp_path) == 3 and stays.returncode == -signal.SIGKILL
+    assert launch._wait([fails, stays], tmp_path, "again") == 3 and stays.returncode == -signal.SIGKILL
 
 
 def test_processes_that_do_not_come_are_waited_for_only_so_long(tmp_path, monkeypatch):

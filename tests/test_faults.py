@@ -197,6 +197,9 @@ def weights(folder, out="out"):
 @pytest.mark.parametrize("stage", ["prepare", "train", "sample", "evaluate"])
 def test_an_output_on_a_full_disk_is_one_line_and_what_was_there_is_intact(base, tmp_path, disk, stage):
     shutil.copytree(base / "out", disk / "out")
+    if stage == "sample":
+        run = launch(disk.parent, "sampler.num_samples=70", stage=stage, out="disk/out", DVC_ROOT=str(base / "root"))
+        assert run.end() == 0, run.printed()
     before = hashes(disk / "out")
     fill(disk)
     changes = ["data.num_train=3000"] if stage == "prepare" else ["trainer.steps=40"]

@@ -196,6 +196,8 @@ BAD = {
     "stage=sample model.model_channels=32": "model.model_channels=32: the model in",
     "stage=train model.weights=x": "model.weights=x: for stage=sample and stage=evaluate only",
     "stage=train data.num_train=65 out_dir=nowhere": "no prepared data in nowhere",
+    "stage=train data.num_train=65 out_dir=taken": "taken/data/shapes was made with num_train=64: run stage=",
+    "--config-dir=conf experiment=broken": "while parsing a flow sequence",
     "out_dir=occupied/x": "occupied",
     "stage=train out_dir=taken": "taken/reports cannot be written",
     "stage=evaluate out_dir=taken": "taken/reports cannot be written",
@@ -223,6 +225,8 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
         Image.new("RGB", (k, k)).save(tmp_path / f"mixed/{k}.png")
     (tmp_path / "damaged").write_bytes((trained[0] / "models/model.safetensors").read_bytes()[:5000])
     (tmp_path / "occupied").write_text("a file")
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/broken.yaml").write_text("a: [1")
     for name in ("models", "taken/models", "taken/data"):
         shutil.copytree(trained[0] / Path(name).name, tmp_path / name)
     for name in ("taken/reports", "taken/samples"):
@@ -232,7 +236,9 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     out = [] if "out_dir" in arguments else [f"out_dir={tmp_path}"]
     offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "CIFAR10_ROOT": "broken"}
     small = [a for a in SMALL if not a.startswith(drop)]
-    run = Launched(tmp_path / "process", [*small, *out, *typed], tmp_path, offline | {"DVC_ROOT": str(tmp_path)})
+    flags = [a for a in typed if a.startswith("--")]
+    command = [*flags, *small, *out, *(a for a in typed if a not in flags)]
+    run = Launched(tmp_path / "process", command, tmp_path, offline | {"DVC_ROOT": str(tmp_path)})
     assert run.end() in (1, 2), run.printed()
     (line,) = run.lines()
     assert line.startswith("error: ") and BAD[arguments] in line

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from conftest import NEEDS_CUDA, optimal_model
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 from modeling import device, progress
 from modeling.build import build_model
@@ -33,7 +36,7 @@ from modeling.paths import prepared_data, raw_cifar10, state_root
 from modeling.progress import Progress, duration
 from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import DDIMConfig, DiffusionConfig, FolderConfig, LinearConfig, ModelConfig, WandbConfig
-from modeling.signals import command_again, poll, stop_requested, stop_requests
+from modeling.signals import command_again, poll, stop_requested, stop_requests, stopped_at_once
 from modeling.stages.evaluate import _likelihood
 from modeling.tracking import Tracker
 from modeling.trained import asked_group, check_agrees, load_trained, parse_group
@@ -59,6 +62,7 @@ def test_cuda_is_chosen_and_described_where_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     compute = choose_compute("auto", "auto")
     assert compute == Compute(torch.device("cuda"), False) and compute.describe() == "GPU, float32"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert choose_compute("cpu", "fp32").device.type == "cpu"
     with pytest.raises(ConfigError, match="precision=bf16"):
         choose_compute("cuda", "bf16")
@@ -92,6 +96,52 @@ def test_where_no_compiler_works_training_goes_without_unless_it_was_asked_for(m
         CPU.compiled(model, True)
 
 
+def test_where_the_compiler_fails_at_the_network_training_goes_without_unless_it_was_asked_for(monkeypatch, caplog):
+    def fails_at_networks(function, **_):
+        def compiled(x):
+            raise RuntimeError("too many registers")
+
+        return compiled if isinstance(function, torch.nn.Module) else function
+
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch, "compile", fails_at_networks)
+    monkeypatch.setattr(device, "_cannot_compile", lambda _: None)
+    forward = Compute(torch.device("cuda"), False).compiled(model, None)
+    x = torch.ones(1, 1)
+    assert torch.equal(forward(x), model(x)) and torch.equal(forward(x), model(x))
+    assert caplog.text.count("torch.compile failed (too many registers): training without it") == 1
+    with pytest.raises(RuntimeError, match="too many registers"):
+        CPU.compiled(model, True)(x)
+
+
+def test_each_size_of_batch_is_compiled_for_itself(monkeypatch):
+    """A compiler that is told of sizes that vary gives up the layout of convolutions."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    forward = CPU.compiled(torch.nn.Linear(3, 3), True)
+    before = counter.frame_count
+    for n in (4, 6, 4, 6):
+        forward(torch.ones(n, 3))
+    assert counter.frame_count - before == 2
+
+
+def test_seeding_the_device_is_seeding_torch():
+    torch.manual_seed(2**40 + 1)
+    expected = torch.rand(3)
+    CPU.seed(2**40 + 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_takes_long_is_stopped_at_once():
+    with stop_requests(), pytest.raises(Stopped), stopped_at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    with stop_requests():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped), stopped_at_once():
+            pytest.fail("it has begun")
+
+
 @NEEDS_CUDA
 def test_cuda_trains_and_samples_as_the_cpu_does():
     model = build_model(ModelConfig("x", 8, [1, 2], 1, [4], 1, 0.0, 4), COSINE, (8, 8, 3), 0, 0).eval()
@@ -123,6 +173,11 @@ def test_history_is_cut_back_and_drawn(tmp_path):
         file.write("4,4,0.")
     again = History(path, 3)
     assert [row["step"] for row in again.rows()] == ["1", "2"]
+    kept = path.read_text()
+    for bad in ("3,3,0.1,x,2,,3", "3,3,0.1,nan,2,,3", "3,,0.1,1,2,,3", "x,3,0.1,1,2,,3", "3,3,0.1,1,2,,3,4", "3,3,0,1"):
+        path.write_text(kept + bad + "\n")  # by a disk
+        assert [row["step"] for row in again.rows()] == ["1", "2"], bad
+    path.write_text(kept)
     again.add({"step": 3, "images": 3, "lr": 0.1, "loss": 1 / 3, "grad_norm": 2.0, "seconds": 3})
     assert path.read_text() == whole
     again.add({"step": 4, "images": 4, "lr": 0.1, "held_out_loss": 0.5})
@@ -207,11 +262,14 @@ def test_online_without_a_key_or_a_server_is_offline_and_says_so(monkeypatch, tm
         tracker.log({"x": 1.0}, 1)
         tracker.finish()
     assert "no API key" in caplog.text and "wandb sync" in caplog.text
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    Tracker(offline(mode="online"), {"a": 1}, "id3", "name", tmp_path).finish()
+    assert "API key" in caplog.text.split("no API key")[-1] and len(list((tmp_path / "wandb").iterdir())) >= 2
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with caplog.at_level(logging.INFO):
         tracker = Tracker(offline(mode="online"), {"a": 1}, "id2", "name", tmp_path)
         tracker.finish()
-    assert "no connection" in caplog.text and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert "no connection" in caplog.text and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
 
 
 def test_the_environments_mode_wins(monkeypatch, tmp_path):
@@ -235,16 +293,25 @@ def test_a_trained_model_is_its_file(tmp_path):
     model = build_model(MODEL, COSINE, (8, 8, 3), 0, 0)
     config = {"model": vars(MODEL), "diffusion": vars(COSINE)}
     path = tmp_path / "m.safetensors"
-    save_model(path, model.state_dict(), {"config": config, "image_shape": [8, 8, 3], "classes": []})
+    about = {"image_shape": [8, 8, 3], "classes": [], "run": "a-1", "steps": 2}
+    save_model(path, model.state_dict(), about | {"config": config})
     loaded, meta = load_trained(path)
     assert torch.equal(loaded.network.conv_in.weight, model.network.conv_in.weight) and not loaded.training
     check_agrees(path, meta, parse_group("model", config["model"]), COSINE)
     with pytest.raises(ConfigError, match=r"diffusion.num_timesteps=20: the model in .* has 10"):
         check_agrees(path, meta, MODEL, DiffusionConfig("cosine", 20, "epsilon", "fixed_large"))
     wider = {"model": vars(MODEL) | {"model_channels": 16}, "diffusion": vars(COSINE)}
-    save_model(path, model.state_dict(), {"config": wider, "image_shape": [8, 8, 3], "classes": []})
-    with pytest.raises(UserError, match="another architecture"):
+    save_model(path, model.state_dict(), about | {"config": wider})
+    with pytest.raises(UserError, match="is not what it says"):
         load_trained(path)
+    for wrong in ({"run": "../elsewhere"}, {"run": "/tmp"}, {"run": 3}, {"steps": "many"}, {"run": None}):
+        save_model(path, model.state_dict(), about | {"config": config} | wrong)
+        with pytest.raises(UserError, match="is not what it says"):
+            load_trained(path)
+    for data in ({"name": "x"}, {"name": "shapes", "width": 3}, 3):
+        save_model(path, model.state_dict(), about | {"config": config | {"data": data}})
+        with pytest.raises(UserError, match="is not what it says"):
+            load_trained(path)
 
 
 def test_a_typed_key_changes_what_the_file_says_and_a_chosen_group_replaces_it():
@@ -333,11 +400,14 @@ def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
     for name in ("DVC_STAGE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     assert command_again(["main.py", "data.path=a b"]) == "python main.py 'data.path=a b'"
-    assert command_again(["main.py", "trainer.resume=never"]) == "python main.py trainer.resume=auto"
+    never = ["main.py", "trainer.resume=never", "seed=1"]
+    assert command_again(never) == "python main.py trainer.resume=never seed=1"  # nothing to resume yet
+    assert command_again(never, "never") == "python main.py seed=1 trainer.resume=auto"
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert command_again() == "the same torchrun command"
     monkeypatch.setenv("DVC_STAGE", "train")
     assert command_again() == "the same dvc command"
+    assert command_again(never, "never") == "the same dvc command with trainer.resume=auto"
 
 
 def test_errors_that_are_no_bugs_have_a_line():

@@ -1,12 +1,13 @@
 """The folder of a run: whose it is, what is set aside, and what is said of other code."""
 
 import json
+import shutil
 
 import pytest
 from test_config import load
 
 from modeling.checkpoint import save_checkpoint
-from modeling.errors import UserError
+from modeling.errors import ConfigError, UserError
 from modeling.runs import Run
 
 
@@ -59,11 +60,59 @@ def test_what_was_there_is_set_aside_or_the_reason_is_told(caplog):
     save_checkpoint(run.folder, 4, {})
     with run.claimed():
         assert [path.name for path in (run.folder / "replaced").glob("*.pt")] == ["step-000000004.pt"]
-    for path in (run.folder / "replaced").iterdir():
-        path.unlink()
-    (run.folder / "replaced").rmdir()
+    shutil.rmtree(run.folder / "replaced")
     (run.folder / "replaced").write_text("a file where a folder must be")
     save_checkpoint(run.folder, 5, {})
     with pytest.raises(UserError, match="replaced cannot be written"), run.claimed():
         pass
     assert (run.folder / "step-000000005.pt").exists()
+
+
+def test_what_has_no_checkpoint_does_not_replace_what_has():
+    run = run_of("trainer.resume=never")
+    save_checkpoint(run.folder, 3, {})
+    (run.folder / "samples").mkdir()
+    (run.folder / "samples" / "step-000000003.png").touch()
+    for _ in range(2):  # the second finds what a run has left that was stopped before its first checkpoint
+        with run.claimed():
+            assert list((run.folder / "samples").iterdir()) == []
+            (run.folder / "train.csv").touch()
+    replaced = run.folder / "replaced"
+    assert (replaced / "step-000000003.pt").exists() and (replaced / "samples" / "step-000000003.png").exists()
+
+
+def test_a_start_that_is_gone_is_needed_no_more_once_the_run_has_a_checkpoint(tmp_path):
+    start = save_checkpoint(tmp_path / "elsewhere", 3, {})
+    again = f"trainer.resume={start}"
+    run = run_of(again)
+    with run.claimed():
+        pass
+    start.unlink()
+    with pytest.raises(ConfigError, match="no such file"):
+        run_of(again)
+    save_checkpoint(run.folder, 4, {})
+    assert run_of(again).folder == run.folder
+    with pytest.raises(ConfigError, match="no such file"):
+        run_of(f"{again}x")
+
+
+def test_rows_that_were_made_otherwise_are_told_of(caplog):
+    caplog.set_level("INFO")
+    run = run_of()
+    with run.claimed():
+        save_checkpoint(run.folder, 4, {})
+    with run_of("trainer.steps=9").claimed():
+        assert not caplog.text
+    with run_of("trainer.log_every=7", "trainer.evaluate_images=3").claimed():
+        assert "up to step 4, rows" in caplog.text
+        assert "trainer.log_every=100, trainer.evaluate_images=1000;" in caplog.text
+    caplog.clear()
+    with run_of("trainer.log_every=7", "trainer.evaluate_images=3").claimed():
+        assert not caplog.text
+
+
+def test_a_state_in_the_other_precision_is_told_of(caplog):
+    caplog.set_level("INFO")
+    save_checkpoint(run_of(bf16=True).folder, 5, {})
+    with run_of().claimed():
+        assert "a state of step 5 of this run in bf16: starting fresh; precision=bf16 goes on from there" in caplog.text

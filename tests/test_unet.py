@@ -61,3 +61,16 @@ def test_gradients_reach_every_parameter(generator):
     net(torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([1, 2])).square().mean().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2, "num_classes": 5, "out_channels": 6}])
+def test_what_runs_where_there_is_no_cpu(options):
+    """On a device without memory: the branches for CUDA, and that none of them makes a tensor on the CPU."""
+    with torch.device("meta"):
+        net = UNet(8, attention_resolutions=(8, 4), **(TINY | {"dropout": 0.1}), **options).train()
+        x, t = torch.empty(2, 3, 8, 8, requires_grad=True), torch.empty(2, dtype=torch.int64)
+        labels = [torch.empty(2, dtype=torch.int64)] if "num_classes" in options else []
+    out = net(x, t, *labels)
+    assert out.device.type == "meta" and out.shape == (2, options.get("out_channels", 3), 8, 8)
+    out.sum().backward()
+    assert x.grad.device.type == "meta" and x.grad.shape == x.shape

@@ -31,6 +31,7 @@ def exchange(folder):
     assert d.world_size() == 2 and d.is_first() == (mine == 0)
     assert [list(d.share(n)) for n in (5, 1)] == ([[0, 1], []], [[2, 3, 4], [0]])[mine]
     assert d.any_process(mine == 1) and not d.any_process(False)
+    assert d.any_process_each(False, mine == 1) == [False, True]
     summed = [torch.full((2, 3), 1.0 + mine), torch.tensor(10.0 * mine)]
     d.sum_over_processes(summed)
     assert torch.equal(summed[0], torch.full((2, 3), 3.0)) and summed[1] == 10

@@ -71,7 +71,8 @@ def run(config: Config, out: Path) -> None:
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
     folder = state_root() / "runs" / meta["run"]
     used = {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
-    tracker = Tracker(config.wandb, meta["config"] | used, read_notes(folder)["wandb_id"], None, state_root())
+    told = {key: value for key, value in meta["config"].items() if key != "trainer"}  # training has told all of it
+    tracker = Tracker(config.wandb, told | used, read_notes(folder)["wandb_id"], None, state_root())
     step = max(meta["steps"] + 1, tracker.first)  # W&B drops what comes at a step that it has
     tracker.log(dict(_numbers("evaluate", report)), step)
     tracker.image("evaluate/samples", grid, step)

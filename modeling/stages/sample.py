@@ -4,6 +4,7 @@ The network comes from the model file; groups that the user named must agree wit
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
 from modeling.distributed import is_first
 from modeling.drawing import draw_samples, sample_grid
-from modeling.files import make_writable
-from modeling.images import save_png
+from modeling.files import cannot_write, make_writable
+from modeling.images import png_bytes, save_png
 from modeling.paths import state_root
 from modeling.settings import Config, DataConfig
+from modeling.signals import poll
 from modeling.trained import asked_group, check_agrees, load_trained, parse_group
 
 log = logging.getLogger(__name__)
@@ -84,9 +86,26 @@ def run(config: Config, out: Path) -> None:
     images = asked_samples(compute.place_model(model), meta, config, range(config.sampler.num_samples), compute)
     if not is_first():
         return
-    for old in folder.glob("[0-9]*.png"):  # of an earlier set, which may have been larger
-        old.unlink()
-    for k, image in enumerate(images):
-        save_png(folder / f"{k:05}.png", image.permute(1, 2, 0))
+    _replace(folder, images)
     save_png(out / "samples.png", sample_grid(images, model.num_classes if config.sampler.label is None else 0))
     log.info("%d samples: %s, grid: %s", len(images), folder, out / "samples.png")
+
+
+def _replace(folder: Path, images: Tensor) -> None:
+    """Puts images into the folder as 00000.png and so on; the earlier set stays until all of the new one is written."""
+    partial = folder / ".partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for k, image in enumerate(images):
+            poll()
+            (partial / f"{k:05}.png").write_bytes(png_bytes(image.permute(1, 2, 0)))
+        for old in folder.glob("[0-9]*.png"):  # there may be more of them
+            if not (partial / old.name).exists():
+                old.unlink()
+        for new in sorted(partial.iterdir()):
+            new.replace(folder / new.name)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

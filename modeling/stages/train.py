@@ -26,7 +26,7 @@ from modeling.paths import state_root
 from modeling.progress import Progress
 from modeling.reporter import Reporter, Silent
 from modeling.reports import Reports
-from modeling.runs import Run
+from modeling.runs import TRAINS, Run
 from modeling.settings import Config
 from modeling.signals import poll
 from modeling.stages.prepare import ensure_prepared
@@ -88,8 +88,11 @@ def _train(
     reports = Reports(folder, notes, progress, tracker, to_uint8(shown.batch(0)), model.num_classes)
     _announce(config, compute, model, meta, folder)
     tracker.artifact("config", "config", folder / "config.yaml")
+    recipe = {key: resolved[key] for key in RECIPE}
+    # Without what changes no weight: else a run that was stopped and went on would publish another file.
+    recipe["trainer"] = {key: resolved["trainer"][key] for key in TRAINS}
     about = {
-        "config": {key: resolved[key] for key in RECIPE},
+        "config": recipe,
         "image_shape": meta["shape"],
         "classes": meta["classes"],
         "fingerprint": training_run.name,
@@ -97,7 +100,8 @@ def _train(
         "steps": config.trainer.steps,
     }
     about_checkpoint = about | {"wandb_id": notes["wandb_id"]}
-    trainer = _trainer(config, model, compute, train, test, folder, reports, about_checkpoint, training_run.start)
+    start = training_run.start and training_run.start.path
+    trainer = _trainer(config, model, compute, train, test, folder, reports, about_checkpoint, start)
     exit_code = 1
     try:
         trainer.run()
