@@ -42,7 +42,7 @@ class Compute:
     def seed(self, seed: int) -> None:
         """Seeds PyTorch's default generator of the device: what torch.manual_seed does there, without the others.
 
-        It asks every kind of device that PyTorch knows, at a tenth of a small network's step.
+        Those it asks at every call, with a look at the stack for each.
         """
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
