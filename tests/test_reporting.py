@@ -114,6 +114,16 @@ def test_where_the_compiler_fails_at_the_network_training_goes_without_unless_it
         CPU.compiled(model, True)(x)
 
 
+def test_too_little_memory_is_not_the_compilers_failure(monkeypatch):
+    def full(_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: full)
+    monkeypatch.setattr(device, "_cannot_compile", lambda _: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        Compute(torch.device("cuda"), False).compiled(torch.nn.Linear(1, 1), None)(torch.ones(1, 1))
+
+
 def test_each_size_of_batch_is_compiled_for_itself(monkeypatch):
     """A compiler that is told of sizes that vary gives up the layout of convolutions."""
     counter = CompileCounter()

@@ -541,3 +541,10 @@ def test_training_noise_is_normal(tmp_path):
     n = len(noise)
     assert abs(noise.mean()) < 5 / n**0.5 and abs(noise.var() - 1) < 5 * (2 / n) ** 0.5
     assert abs((noise**4).mean() - 3) < 5 * (96 / n) ** 0.5
+
+
+def test_a_state_beyond_the_last_step_is_not_trained_on(tmp_path):
+    """Another process may have saved it after this one chose the folder."""
+    make(tmp_path, Recorder(), steps=4).run()
+    with pytest.raises(UserError, match="is of step 4 by now: run this again"):
+        make(tmp_path, Recorder(), steps=2).run()
