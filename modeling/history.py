@@ -104,6 +104,6 @@ def _whole(row: Mapping[str, str | None]) -> bool:
     """A kill may cut a line, and a disk may spoil one."""
     if set(row) != set(KEPT) or not str(row["step"]).isdecimal() or not row["images"] or not row["seconds"]:
         return False
-    with suppress(TypeError, ValueError):
-        return all(math.isfinite(float(value)) for value in row.values() if value != "")  # type: ignore[arg-type]
+    with suppress(ValueError):
+        return all(math.isfinite(float(str(value))) for value in row.values() if value != "")
     return False

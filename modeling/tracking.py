@@ -88,7 +88,7 @@ class Tracker:
             try:
                 wandb.teardown()
                 self.run = start("offline")
-            except Exception as again:
+            except Exception as again:  # of W&B's process or its files; whatever it is, training goes on
                 self._failed(again)
                 return
         self.offline = bool(self.run.offline)

@@ -137,7 +137,7 @@ class Trainer:
                 except Stopped:
                     if self.step != saved:
                         self.state.sums.copy_(sums)  # the report will be made again, from the same sums
-                        self._save(since)
+                        self._save(time.perf_counter())  # what was dropped was no training
                     raise self._stopped() from None
                 since = time.perf_counter()
             if last:

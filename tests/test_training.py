@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -548,3 +549,17 @@ def test_a_state_beyond_the_last_step_is_not_trained_on(tmp_path):
     make(tmp_path, Recorder(), steps=4).run()
     with pytest.raises(UserError, match="is of step 4 by now: run this again"):
         make(tmp_path, Recorder(), steps=2).run()
+
+
+def test_a_report_that_was_stopped_is_no_time_of_training(tmp_path, monkeypatch):
+    def losses(*arguments):
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return held_out_losses(*arguments)
+
+    monkeypatch.setattr("modeling.training.held_out_losses", losses)
+    rare = {"log_every": 1000, "sample_every": 1000, "checkpoint_every": 1000}
+    with stop_requests(), pytest.raises(Stopped):
+        make(tmp_path, Recorder(), evaluate_every=1, **rare).run()
+    (saved,) = checkpoints(tmp_path)
+    assert read_checkpoint(saved)["step"] == 1 and read_checkpoint(saved)["seconds"] < 3
