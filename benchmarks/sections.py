@@ -19,8 +19,7 @@ from benchmarks import peers, project
 from benchmarks.machine import matrix_product
 from benchmarks.measure import Contestant, rates, ratio, spread
 from benchmarks.project import ROOT, Task, make_task
-from modeling.batches import BatchSource, draw_timesteps
-from modeling.data import LabelledImages
+from modeling.batches import Draws, draw_timesteps
 from modeling.drawing import draw_samples
 from modeling.evaluation import bits_per_dim
 from modeling.held_out import held_out_losses
@@ -146,8 +145,7 @@ def data_pipeline(size: Size) -> dict[str, Any]:
     """Batches of images with flips, ready for the network, against torchvision's DataLoader."""
     n = size.data_batch
     task = make_task((f"trainer.batch_size={n}", "trainer.random_flip=true"), num_images=max(2000, n))
-    data = task.data()
-    source = BatchSource(LabelledImages(task.compute.place(data.images), data.labels), n, 0, True)
+    source = Draws(task.data(), task.config.trainer, 0, 1000, 0, task.compute).batches
     usual = peers.batches(task.images, n)
     step = 0
 

@@ -192,6 +192,13 @@ def test_flips_mirror_left_to_right_half_of_the_time():
     assert torch.equal(b, to_model(plain.images[plain.indices(0)]))
 
 
+def test_mirrored_images_that_are_held_give_the_same_batches_and_need_no_more_than_twice_the_memory():
+    drawn = source(n=7, flip=True)
+    held = BatchSource(LabelledImages(drawn.images, drawn.all_labels), 4, 0, True, keep_mirrored=True)
+    assert all(torch.equal(held.batch(step), drawn.batch(step)) for step in range(10))
+    assert held.images.untyped_storage().nbytes() == 2 * drawn.images.nbytes
+
+
 def test_step_seeds_do_not_collide():
     seeds = {step_seed(s, name, step) for s in range(3) for name in ("noise", "t") for step in range(500)}
     assert len(seeds) == 3000 and max(seeds) < 2**63
