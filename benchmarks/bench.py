@@ -8,10 +8,12 @@ import argparse
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, report, sections, startup
+from benchmarks.measure import NOISY, Elsewhere
 from modeling.device import choose_compute
 
 ROOT = Path(__file__).parent
@@ -22,19 +24,20 @@ def measure(mode: str, only: list[str]) -> dict[str, Any]:
     device = choose_compute("auto", "auto").device
     size = sections.sized(device, mode)
     rounds = {"full": 5, "quick": 2, "tiny": 1}[mode]
-    measured = {
-        "training": lambda: sections.training(size),
-        "step": lambda: sections.step(size),
-        "sampling": lambda: sections.sampling(size),
-        "evaluation": lambda: sections.evaluation(size),
-        "startup": lambda: startup.measure(rounds, commands=mode != "tiny"),
-        "scaling": lambda: sections.scaling(size),
+    measured: dict[str, Callable[[Elsewhere], dict[str, Any]]] = {
+        "training": lambda elsewhere: sections.training(size, elsewhere),
+        "step": lambda elsewhere: sections.step(size, elsewhere),
+        "sampling": lambda elsewhere: sections.sampling(size, elsewhere),
+        "evaluation": lambda _: sections.evaluation(size),
+        "startup": lambda _: startup.measure(rounds, commands=mode != "tiny"),
+        "scaling": lambda _: sections.scaling(size),
     }
     found: dict[str, Any] = {"mode": mode, "machine": machine.describe(device)}
-    for name, section in measured.items():
-        if not only or name in only:
-            logging.info("%s ...", name)
-            found[name] = section()
+    with Elsewhere() as elsewhere:
+        for name, section in measured.items():
+            if not only or name in only:
+                logging.info("%s ...", name)
+                found[name] = section(elsewhere)
     return found
 
 
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.filterwarnings("ignore", module="(diffusers|accelerate|torch).*")
+    warnings.filterwarnings("ignore", module=NOISY)
     results = measure(arguments.mode or "full", arguments.only)
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = arguments.out / (results["machine"]["name"] + ("" if results["mode"] == "full" else f"-{results['mode']}"))

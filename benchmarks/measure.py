@@ -5,13 +5,22 @@ One round times every contestant once; a ratio is formed within a round, and its
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from types import TracebackType
 from typing import Any
 
 import torch
 
 Contestant = Callable[[], float]
 """Does some work and returns how much: images, floating-point operations, ..."""
+
+NOISY = "(diffusers|accelerate|torch).*"  # modules whose warnings are not about what is measured
+_hosted: list[Contestant] = []  # in the process of an Elsewhere
 
 
 def wait(device: torch.device) -> None:
@@ -20,8 +29,66 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def turn(work: Contestant, device: torch.device, seconds: float) -> float:
+    """Work per second: called until so many seconds have passed, at least once; the device is waited for."""
+    wait(device)
+    start, done = time.perf_counter(), 0.0
+    while True:
+        done += work()
+        if time.perf_counter() - start >= seconds:
+            break
+    wait(device)
+    return done / (time.perf_counter() - start)
+
+
+@dataclass
+class Hosted:
+    """A contestant in another process."""
+
+    pool: ProcessPoolExecutor
+    position: int
+
+    def turn(self, device: torch.device, seconds: float) -> float:
+        """As the function."""
+        return self.pool.submit(_hosted_turn, self.position, device, seconds).result()
+
+
+class Elsewhere:
+    """A process for contestants that are to run as their users have them, whatever this project sets for its own."""
+
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _quiet)
+
+    def contestant(self, make: Callable[..., Contestant], *arguments: Any) -> Hosted:
+        """What make(*arguments) makes there."""
+        return Hosted(self.pool, self.pool.submit(_host, make, arguments).result())
+
+    def clear(self) -> None:
+        """Drops all of them, and their memory."""
+        self.pool.submit(_hosted.clear).result()
+
+    def __enter__(self) -> "Elsewhere":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore", module=NOISY)
+
+
+def _host(make: Callable[..., Contestant], arguments: Sequence[Any]) -> int:
+    _hosted.append(make(*arguments))
+    return len(_hosted) - 1
+
+
+def _hosted_turn(position: int, device: torch.device, seconds: float) -> float:
+    return turn(_hosted[position], device, seconds)
+
+
 def rates(
-    contestants: Mapping[str, Contestant], rounds: int, device: torch.device, seconds: float = 0.0
+    contestants: Mapping[str, Contestant | Hosted], rounds: int, device: torch.device, seconds: float = 0.0
 ) -> dict[str, list[float]]:
     """Work per second of each contestant in each round, after one call of each that is not timed.
 
@@ -31,19 +98,13 @@ def rates(
         device: waited for at both ends of a timing.
         seconds: a contestant is called until so much time has passed in its turn, at least once.
     """
-    for work in contestants.values():
-        work()
+    turns = {name: work.turn if isinstance(work, Hosted) else partial(turn, work) for name, work in contestants.items()}
+    for take in turns.values():
+        take(device, 0.0)
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for k in range(rounds):
-        for name in list(contestants)[:: -1 if k % 2 else 1]:
-            wait(device)
-            start, done = time.perf_counter(), 0.0
-            while True:
-                done += contestants[name]()
-                if time.perf_counter() - start >= seconds:
-                    break
-            wait(device)
-            found[name].append(done / (time.perf_counter() - start))
+        for name in list(turns)[:: -1 if k % 2 else 1]:
+            found[name].append(turns[name](device, seconds))
     return found
 
 

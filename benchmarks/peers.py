@@ -3,7 +3,7 @@
 diffusers: the loop of its unconditional training example. denoising-diffusion-pytorch: the loop of its Trainer. plain:
 what most course projects write: this project's network in float32 with the upsampling written out, torchvision's
 DataLoader over PIL images, Adam as it comes, an EMA parameter by parameter, `.item()` at every step. All of them train
-with Adam, clip the gradient and keep an EMA.
+with Adam, clip the gradient and keep an EMA. They run in a process of their own: see measure.Elsewhere.
 """
 
 import copy
@@ -57,6 +57,18 @@ def batches(images: Any, batch_size: int, steps: tuple[Any, ...] = USUAL, worker
     )
     while True:
         yield from loader
+
+
+def loading(task: Task) -> Contestant:
+    """The batches alone."""
+    n = task.config.trainer.batch_size
+    source = batches(task.images, n)
+
+    def work() -> float:
+        next(source)
+        return n
+
+    return work
 
 
 def optimizer_of(task: Task, model: nn.Module) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import peers, project
 from benchmarks.machine import matrix_product
-from benchmarks.measure import Contestant, rates, ratio, spread
+from benchmarks.measure import Contestant, Elsewhere, Hosted, rates, ratio, spread
 from benchmarks.project import ROOT, Task, make_task
 from modeling.batches import Draws, draw_timesteps
 from modeling.drawing import draw_samples
@@ -50,28 +50,30 @@ SIZES = {
 }
 
 
-def training(size: Size) -> dict[str, Any]:
+def training(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     """Section 1: whole training steps, with data loading, of the same network at the same batch."""
+    host = elsewhere.contestant
     overrides = (f"model={size.model}", f"trainer.batch_size={size.batch}")
     task, exact = make_task(overrides), make_task((*overrides, "trainer.compile=false"), precision="fp32")
     device = task.compute.device
     bf16 = task.compute.bf16
-    contestants: dict[str, Contestant] = {
+    contestants: dict[str, Contestant | Hosted] = {
         OURS: project.training(task),
         "this project, float32": project.training(exact),
-        "diffusers (float32, its default)": peers.diffusers_training(task),
-        "denoising-diffusion-pytorch (float32, its default)": peers.ddpm_pytorch_training(task),
-        "plain loop (float32)": peers.plain_training(task),
+        "diffusers (float32, its default)": host(peers.diffusers_training, task),
+        "denoising-diffusion-pytorch (float32, its default)": host(peers.ddpm_pytorch_training, task),
+        "plain loop (float32)": host(peers.plain_training, task),
     }
     if bf16:
-        contestants["diffusers (bf16 autocast)"] = peers.diffusers_training(task, bf16=True)
-        contestants["denoising-diffusion-pytorch (bf16 autocast)"] = peers.ddpm_pytorch_training(task, bf16=True)
+        contestants["diffusers (bf16 autocast)"] = host(peers.diffusers_training, task, True)
+        contestants["denoising-diffusion-pytorch (bf16 autocast)"] = host(peers.ddpm_pytorch_training, task, True)
     if device.type == "cuda":
         contestants["this project, not compiled"] = project.training(make_task((*overrides, "trainer.compile=false")))
-        contestants["diffusers (bf16 autocast, compiled)"] = peers.diffusers_training(task, bf16=True, compiled=True)
+        contestants["diffusers (bf16 autocast, compiled)"] = host(peers.diffusers_training, task, True, True)
     peak = "matrix product"
     contestants[peak] = matrix_product(device, torch.bfloat16 if bf16 else torch.float32, size.matrix)
     found = rates(contestants, size.rounds, device, seconds=0.5)
+    elsewhere.clear()
     peaks = found.pop(peak)
     flops = project.training_flops(task)
     return {
@@ -86,7 +88,7 @@ def training(size: Size) -> dict[str, Any]:
     }
 
 
-def step(size: Size) -> dict[str, Any]:
+def step(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     """Section 2: the parts of a step around the network, and the data pipeline alone."""
     task = make_task((f"model={size.model}", f"trainer.batch_size={size.batch}"))
     device = task.compute.device
@@ -137,26 +139,22 @@ def step(size: Size) -> dict[str, Any]:
         "batch": n,
         "milliseconds": {name: spread([1e3 / rate for rate in values]) for name, values in found.items()},
         "share_around_the_network": spread([1 - w / i for w, i in zip(outside, inside, strict=True)]),
-        "data": data_pipeline(size),
+        "data": data_pipeline(size, elsewhere),
     }
 
 
-def data_pipeline(size: Size) -> dict[str, Any]:
+def data_pipeline(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     """Batches of images with flips, ready for the network, against torchvision's DataLoader."""
     n = size.data_batch
     task = make_task((f"trainer.batch_size={n}", "trainer.random_flip=true"), num_images=max(2000, n))
     source = Draws(task.data(), task.config.trainer, 0, 1000, 0, task.compute).batches
-    usual = peers.batches(task.images, n)
+    theirs = elsewhere.contestant(peers.loading, task)
     step = 0
 
     def ours() -> float:
         nonlocal step
         step += 1
         source.batch(step)
-        return n
-
-    def theirs() -> float:
-        next(usual)
         return n
 
     found = rates({OURS: ours, "torchvision's DataLoader": theirs}, size.rounds, task.compute.device, seconds=0.3)
@@ -167,7 +165,7 @@ def data_pipeline(size: Size) -> dict[str, Any]:
     }
 
 
-def sampling(size: Size) -> dict[str, Any]:
+def sampling(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     """Section 3: a few network evaluations of each sampler, with the same weights.
 
     The images/s of a whole sampler are extrapolated from the time of an evaluation where fewer than its own were run.
@@ -186,8 +184,9 @@ def sampling(size: Size) -> dict[str, Any]:
             draw_samples(model, sampler, range(size.sample_batch), task.shape, task.compute)
             return float(sampler.steps * size.sample_batch)
 
-        theirs = peers.diffusers_sampling(task, name, steps, size.sample_batch)
+        theirs = elsewhere.contestant(peers.diffusers_sampling, task, name, steps, size.sample_batch)
         speeds = rates({OURS: ours, "diffusers": theirs}, size.rounds, task.compute.device)
+        elsewhere.clear()
         found[name] = {
             "batch": size.sample_batch,
             "evaluations_run": steps,

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import math
+import os
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import bench, loss_equality, peers, profile_step, recognition, samplers, time_to_quality
-from benchmarks.measure import rates, ratio, spread
+from benchmarks.measure import Elsewhere, rates, ratio, spread
 from benchmarks.project import configure, make_task, training_flops
 from modeling.shapes import draw_shapes
 from modeling.stages import prepare, train
@@ -24,6 +27,16 @@ def test_contestants_take_turns():
     work = {name: (lambda name=name: calls.append(name) or 1.0) for name in "ab"}
     found = rates(work, 3, torch.device("cpu"))
     assert calls == ["a", "b", *"ab", *"ba", *"ab"] and [len(values) for values in found.values()] == [3, 3]
+
+
+def test_peers_take_their_turns_in_a_process_of_their_own():
+    with Elsewhere() as elsewhere:
+        hosted = {str(power): elsewhere.contestant(partial, math.pow, 10, power) for power in (0, 9)}
+        found = rates(hosted, 2, torch.device("cpu"))
+        assert all(0 < a < b for a, b in zip(found["0"], found["9"], strict=True))
+        assert hosted["9"].pool.submit(os.getpid).result() != os.getpid()
+        with pytest.raises(ZeroDivisionError):
+            elsewhere.contestant(divmod, 1, 0)
 
 
 def test_diffusers_network_computes_the_same():

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -41,6 +42,7 @@ from modeling.stages.evaluate import _likelihood
 from modeling.tracking import Tracker
 from modeling.trained import asked_group, check_agrees, load_trained, parse_group
 
+ROOT = Path(__file__).parents[1]
 CPU = Compute(torch.device("cpu"), bf16=False)
 
 
@@ -53,6 +55,26 @@ def test_precision_follows_what_the_device_has(monkeypatch):
     with pytest.raises(ConfigError, match="device=cuda"):
         choose_compute("cuda", "auto")
     assert "float32" in CPU.describe() and "bf16" in Compute(torch.device("cpu"), True).describe()
+
+
+NEW_PAGES = """
+import resource, torch
+from modeling.device import choose_compute
+choose_compute("cpu", "fp32")
+for _ in range(4):  # until the heap is as large as it gets
+    torch.ones(2**26, dtype=torch.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**26, dtype=torch.uint8)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_cpu_takes_no_new_pages_for_blocks_that_it_has_freed():
+    """In a process of its own: the heap of one that has run other tests has many shapes."""
+    done = subprocess.run([sys.executable, "-c", NEW_PAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**24
 
 
 def test_cuda_is_chosen_and_described_where_it_is(monkeypatch):
