@@ -29,8 +29,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def turn(work: Contestant, device: torch.device, seconds: float) -> float:
-    """Work per second: called until so many seconds have passed, at least once; the device is waited for."""
+def turn(work: Contestant, device: torch.device, seconds: float, warm: bool = False) -> float:
+    """Work per second: called until so many seconds have passed, at least once; the device is waited for.
+
+    `warm`: once before that, for a contestant that finds memory and caches as another one has left them.
+    """
+    if warm:
+        work()
     wait(device)
     start, done = time.perf_counter(), 0.0
     while True:
@@ -48,9 +53,9 @@ class Hosted:
     pool: ProcessPoolExecutor
     position: int
 
-    def turn(self, device: torch.device, seconds: float) -> float:
+    def turn(self, device: torch.device, seconds: float, warm: bool = False) -> float:
         """As the function."""
-        return self.pool.submit(_hosted_turn, self.position, device, seconds).result()
+        return self.pool.submit(_hosted_turn, self.position, device, seconds, warm).result()
 
 
 class Elsewhere:
@@ -83,12 +88,16 @@ def _host(make: Callable[..., Contestant], arguments: Sequence[Any]) -> int:
     return len(_hosted) - 1
 
 
-def _hosted_turn(position: int, device: torch.device, seconds: float) -> float:
-    return turn(_hosted[position], device, seconds)
+def _hosted_turn(position: int, device: torch.device, seconds: float, warm: bool) -> float:
+    return turn(_hosted[position], device, seconds, warm)
 
 
 def rates(
-    contestants: Mapping[str, Contestant | Hosted], rounds: int, device: torch.device, seconds: float = 0.0
+    contestants: Mapping[str, Contestant | Hosted],
+    rounds: int,
+    device: torch.device,
+    seconds: float = 0.0,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Work per second of each contestant in each round, after one call of each that is not timed.
 
@@ -96,15 +105,15 @@ def rates(
         contestants: by name.
         rounds: at least 1; the order turns round from one to the next.
         device: waited for at both ends of a timing.
-        seconds: a contestant is called until so much time has passed in its turn, at least once.
+        seconds: of a turn, at least, and warm: see turn.
     """
     turns = {name: work.turn if isinstance(work, Hosted) else partial(turn, work) for name, work in contestants.items()}
     for take in turns.values():
-        take(device, 0.0)
+        take(device, 0.0, False)
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for k in range(rounds):
         for name in list(turns)[:: -1 if k % 2 else 1]:
-            found[name].append(turns[name](device, seconds))
+            found[name].append(turns[name](device, seconds, warm))
     return found
 
 

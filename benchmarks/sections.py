@@ -72,7 +72,7 @@ def training(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
         contestants["diffusers (bf16 autocast, compiled)"] = host(peers.diffusers_training, task, True, True)
     peak = "matrix product"
     contestants[peak] = matrix_product(device, torch.bfloat16 if bf16 else torch.float32, size.matrix)
-    found = rates(contestants, size.rounds, device, seconds=0.5)
+    found = rates(contestants, size.rounds, device, seconds=0.5, warm=True)
     elsewhere.clear()
     peaks = found.pop(peak)
     flops = project.training_flops(task)
