@@ -200,7 +200,7 @@ def sampling(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
 
 
 def evaluation(size: Size) -> dict[str, Any]:
-    """Section 4: images/s of the held-out loss, and of bits/dim at T network evaluations an image (extrapolated)."""
+    """Section 4: images/s of the held-out loss, of bits/dim (extrapolated to T network evaluations), of features."""
     task = make_task((f"model={size.model}",))
     model = task.model().eval()
     n, some, total = 2 * size.sample_batch, 3, task.config.diffusion.num_timesteps
@@ -214,7 +214,15 @@ def evaluation(size: Size) -> dict[str, Any]:
         bits_per_dim(model, data, n, some, task.compute)
         return n * (some + 1) / total  # one more for the decoder's term
 
-    found = rates({"held_out_loss": held_out, "bits_per_dim": bits}, size.rounds, task.compute.device)
+    inception = project.untrained_inception(task.compute.device)
+    rgb = data.images.expand(-1, 3, -1, -1)
+
+    def features() -> float:
+        inception.features([rgb])
+        return n
+
+    works = {"held_out_loss": held_out, "bits_per_dim": bits, "inception_features": features}
+    found = rates(works, size.rounds, task.compute.device)
     return {"images_per_second": {name: spread(values) for name, values in found.items()}, "bits_extrapolated": True}
 
 

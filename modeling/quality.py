@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MIN_SAMPLES = 10_000
 KID_SUBSET = 1000
 FEATURES = [2048, 1008]  # of the pool and of the logits
+FIDELITY = "inception", ["2048", "logits_unbiased"]  # their names there
 NEIGHBOURS = 3  # of precision and recall
 
 
@@ -43,31 +44,14 @@ class Inception:
     """The feature extractor.
 
     Args:
-        weights: a local file, or None: the published file, downloaded on first use.
-        sha256: that the file must have, or its beginning.
+        network: maps uint8 [N, 3, H, W] to what FEATURES says.
+        sha256: of the file with its weights.
         device: where it runs.
-
-    Raises:
-        Unavailable: no network.
-        UserError: the local file is missing, or another one than `sha256` says.
     """
 
-    def __init__(self, weights: Path | None, sha256: str, device: torch.device) -> None:
-        path = weights or download(sha256)
-        try:
-            self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            if not self.sha256.startswith(sha256):
-                raise UserError(f"evaluation.inception_weights={path}: SHA-256 {self.sha256[:12]}..., not {sha256}...")
-            # torch-fidelity would unpickle whatever is in the file: it gets a copy of the tensors alone.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            with tempfile.NamedTemporaryFile(suffix=".pth") as clean:
-                torch.save(dict(state), clean.name)
-                self.network = FeatureExtractorInceptionV3(
-                    "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=clean.name
-                ).to(device)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"evaluation.inception_weights={path} cannot be read: {reason}") from None
+    def __init__(self, network: nn.Module, sha256: str, device: torch.device) -> None:
+        self.network = network.to(device)
+        self.sha256 = sha256
         self.device = device
 
     @torch.no_grad()
@@ -90,6 +74,34 @@ class Inception:
         parts = [sharded(len(batch), partial(run, batch)) for batch in images]
         pool, logits = torch.split(torch.cat(parts), FEATURES, dim=1)
         return pool.contiguous(), logits.contiguous()
+
+
+def load_inception(weights: Path | None, sha256: str, device: torch.device) -> Inception:
+    """The feature extractor with the weights of a file.
+
+    Args:
+        weights: a local file, or None: the published file, downloaded on first use.
+        sha256: that the file must have, or its beginning.
+        device: where it runs.
+
+    Raises:
+        Unavailable: no network.
+        UserError: the local file is missing, or another one than `sha256` says.
+    """
+    path = weights or download(sha256)
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(sha256):
+            raise UserError(f"evaluation.inception_weights={path}: SHA-256 {found[:12]}..., not {sha256}...")
+        # torch-fidelity would unpickle whatever is in the file: it gets a copy of the tensors alone.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with tempfile.NamedTemporaryFile(suffix=".pth") as clean:
+            torch.save(dict(state), clean.name)
+            network = FeatureExtractorInceptionV3(*FIDELITY, feature_extractor_weights_path=clean.name)
+        return Inception(network, found, device)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"evaluation.inception_weights={path} cannot be read: {reason}") from None
 
 
 def download(sha256: str) -> Path:

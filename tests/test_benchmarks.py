@@ -68,6 +68,7 @@ def test_bench_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     assert path.with_suffix(".png").exists()
     assert set(results) >= {"mode", "machine", "training", "step", "sampling", "evaluation", "startup", "scaling"}
     assert results["training"]["utilisation"]["median"] > 0
+    assert set(results["evaluation"]["images_per_second"]) == {"held_out_loss", "bits_per_dim", "inception_features"}
     printed = capsys.readouterr().out
     assert "diffusers (float32, its default)" in printed and "From the command to the first step" in printed
 

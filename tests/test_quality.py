@@ -17,11 +17,11 @@ from modeling.errors import UserError
 from modeling.nearest import nearest_images, panel
 from modeling.quality import (
     URL_INCEPTION_V3,
-    Inception,
     Unavailable,
     download,
     frechet_distance,
     kept_samples,
+    load_inception,
     quality_metrics,
     reference_features,
 )
@@ -80,7 +80,7 @@ def weights(tmp_path_factory):
 
 
 def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(weights, generator):
-    inception = Inception(weights[0], weights[1], CPU)
+    inception = load_inception(weights[0], weights[1], CPU)
     grey = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=generator)
     pool, logits = inception.features([grey])
     assert pool.shape == (3, 2048) and logits.shape == (3, 1008)
@@ -96,15 +96,15 @@ class Malicious:
 def test_bad_inception_weights_are_refused(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="SHA-256"):
-        Inception(weights[0], "6726825d", CPU)
+        load_inception(weights[0], "6726825d", CPU)
     with pytest.raises(UserError, match="absent cannot be read"):
-        Inception(tmp_path / "absent", "6726825d", CPU)
+        load_inception(tmp_path / "absent", "6726825d", CPU)
     torch.save({"x": Malicious()}, tmp_path / "bad", pickle_module=pickle)
     torch.save({"x": torch.zeros(1)}, tmp_path / "other")
     for name in ("bad", "other"):
         digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
         with pytest.raises(UserError, match="cannot be read"):
-            Inception(tmp_path / name, digest, CPU)
+            load_inception(tmp_path / name, digest, CPU)
     assert not (tmp_path / "hacked").exists()
 
 
@@ -113,7 +113,7 @@ def test_no_network_is_said(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(Unavailable, match=r"could not be downloaded .* evaluation.inception_weights="):
-        Inception(None, "6726825d", CPU)
+        load_inception(None, "6726825d", CPU)
 
 
 def test_kept_samples_are_drawn_once(tmp_path):
@@ -191,7 +191,7 @@ def test_downloaded_weights_and_a_damaged_cache(weights, tmp_path, monkeypatch, 
     file, digest = weights
     kept.symlink_to(file)
     assert download("0" * 8) == kept
-    inception = Inception(file, digest, CPU)
+    inception = load_inception(file, digest, CPU)
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=generator, dtype=torch.uint8)
     found = reference_features(inception, images, "data", tmp_path / "cache", 2)
     (cached,) = (tmp_path / "cache").glob("*.npy")

@@ -22,7 +22,14 @@ from modeling.files import make_writable, write_atomic
 from modeling.images import save_png
 from modeling.nearest import nearest_images, panel
 from modeling.paths import read_notes, state_root
-from modeling.quality import Inception, Unavailable, kept_samples, quality_metrics, reference_features
+from modeling.quality import (
+    Inception,
+    Unavailable,
+    kept_samples,
+    load_inception,
+    quality_metrics,
+    reference_features,
+)
 from modeling.settings import Config
 from modeling.stages.prepare import ensure_prepared
 from modeling.stages.sample import asked_samples, check_asked, trained_model
@@ -117,7 +124,7 @@ def _inception(config: Config, compute: Compute) -> Inception | str:
         return "evaluation.fid_samples=null"
     try:
         weights = None if e.inception_weights is None else Path(e.inception_weights)
-        return Inception(weights, e.inception_sha256, compute.device)
+        return load_inception(weights, e.inception_sha256, compute.device)
     except Unavailable as reason:
         log.warning("FID and its relatives are left out: %s", reason)
         return str(reason)
