@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.flop_counter import FlopCounterMode
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from benchmarks.measure import Contestant
 from modeling.build import build_model, build_optimizer
@@ -17,7 +16,6 @@ from modeling.config import load_config
 from modeling.data import LabelledImages, shapes
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
-from modeling.quality import FIDELITY, Inception
 from modeling.reporter import Reporter, Silent
 from modeling.settings import Config
 from modeling.training import Trainer
@@ -119,20 +117,6 @@ def network_only(task: Task) -> Contestant:
         return n
 
     return work
-
-
-class _Untrained(FeatureExtractorInceptionV3):  # type: ignore[misc]  # torch-fidelity has no types
-    """What its weights are does not change its speed: none are downloaded."""
-
-    def load_state_dict(self, *_: Any) -> None:
-        """Keeps those that it has."""
-
-
-def untrained_inception(device: torch.device) -> Inception:
-    """The feature extractor of FID with random weights."""
-    with tempfile.NamedTemporaryFile(suffix=".pth") as empty:
-        torch.save({}, empty.name)
-        return Inception(_Untrained(*FIDELITY, feature_extractor_weights_path=empty.name), "", device)
 
 
 def training_flops(task: Task) -> float:

@@ -55,6 +55,11 @@ def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list
             ]
             for name, s in sampling.items()
         ]
+        for name, s in sampling.items():
+            if "ratio_compiled" in s:
+                speeds = [s[per]["this project, compiled"] for per in ("images_per_second", "evaluations_per_second")]
+                both = [_text(speeds[0]), "", _text(speeds[1]), ""]
+                rows.append([f"{name}, compiled", *both, _text(s["ratio_compiled"])])
         names = ["sampler", "images/s", "diffusers", "evaluations x images/s", "diffusers", "ratio"]
         yield "Sampling, same weights, diffusers' pipeline as it comes", names, rows
     if evaluation := results.get("evaluation"):

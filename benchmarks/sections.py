@@ -10,20 +10,25 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from benchmarks import peers, project
 from benchmarks.machine import matrix_product
 from benchmarks.measure import Contestant, Elsewhere, Hosted, rates, ratio, spread
 from benchmarks.project import ROOT, Task, make_task
 from modeling.batches import Draws, draw_timesteps
+from modeling.diffusion import DiffusionModel
 from modeling.drawing import draw_samples
 from modeling.evaluation import bits_per_dim
 from modeling.held_out import held_out_losses
+from modeling.quality import FIDELITY, Inception
 from modeling.settings import CHOICES, SamplerConfig
+from modeling.stages.sample import place_trained
 
 OURS = "this project"
 
@@ -39,7 +44,6 @@ class Size:
     rounds: int
     matrix: int  # rows of the matrix product that stands for the peak
     data_batch: int = 128
-    scaling: bool = True
 
 
 SIZES = {
@@ -67,6 +71,9 @@ def training(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     if bf16:
         contestants["diffusers (bf16 autocast)"] = host(peers.diffusers_training, task, True)
         contestants["denoising-diffusion-pytorch (bf16 autocast)"] = host(peers.ddpm_pytorch_training, task, True)
+    if device.type == "cpu":
+        # In that process nobody has called choose_compute.
+        contestants["this project, freed memory given back"] = host(project.training, task)
     if device.type == "cuda":
         contestants["this project, not compiled"] = project.training(make_task((*overrides, "trainer.compile=false")))
         contestants["diffusers (bf16 autocast, compiled)"] = host(peers.diffusers_training, task, True, True)
@@ -172,6 +179,10 @@ def sampling(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     """
     task = make_task((f"model={size.model}",))
     model = task.model().eval()
+    compiled = None
+    if task.compute.device.type == "cuda":
+        asked = project.configure("sampler.compile=true").sampler
+        compiled = place_trained(task.model().eval(), asked, task.compute)
     named = {"ddpm": 1000, "ddim": 50, "dpm_solver": 20}
     found: dict[str, Any] = {}
     for name, whole in named.items():
@@ -180,12 +191,15 @@ def sampling(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
         steps = min(size.evaluations, whole)
         config = project.configure(f"sampler={name}", f"sampler.steps={steps}")
 
-        def ours(sampler: SamplerConfig = config.sampler) -> float:
-            draw_samples(model, sampler, range(size.sample_batch), task.shape, task.compute)
+        def ours(by: DiffusionModel = model, sampler: SamplerConfig = config.sampler) -> float:
+            draw_samples(by, sampler, range(size.sample_batch), task.shape, task.compute)
             return float(sampler.steps * size.sample_batch)
 
         theirs = elsewhere.contestant(peers.diffusers_sampling, task, name, steps, size.sample_batch)
-        speeds = rates({OURS: ours, "diffusers": theirs}, size.rounds, task.compute.device)
+        contestants: dict[str, Contestant | Hosted] = {OURS: ours, "diffusers": theirs}
+        if compiled is not None:
+            contestants["this project, compiled"] = partial(ours, compiled)
+        speeds = rates(contestants, size.rounds, task.compute.device)
         elsewhere.clear()
         found[name] = {
             "batch": size.sample_batch,
@@ -196,7 +210,23 @@ def sampling(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
             "images_per_second": {key: spread([v / whole for v in values]) for key, values in speeds.items()},
             "ratio": ratio(speeds[OURS], speeds["diffusers"]),
         }
+        if compiled is not None:
+            found[name]["ratio_compiled"] = ratio(speeds["this project, compiled"], speeds["diffusers"])
     return found
+
+
+class _Untrained(FeatureExtractorInceptionV3):
+    """What its weights are does not change its speed: none are downloaded."""
+
+    def load_state_dict(self, *_: Any) -> None:
+        """Keeps those that it has."""
+
+
+def untrained_inception(device: torch.device) -> Inception:
+    """The feature extractor of FID with random weights."""
+    with tempfile.NamedTemporaryFile(suffix=".pth") as empty:
+        torch.save({}, empty.name)
+        return Inception(_Untrained(*FIDELITY, feature_extractor_weights_path=empty.name), "", device)
 
 
 def evaluation(size: Size) -> dict[str, Any]:
@@ -214,7 +244,7 @@ def evaluation(size: Size) -> dict[str, Any]:
         bits_per_dim(model, data, n, some, task.compute)
         return n * (some + 1) / total  # one more for the decoder's term
 
-    inception = project.untrained_inception(task.compute.device)
+    inception = untrained_inception(task.compute.device)
     rgb = data.images.expand(-1, 3, -1, -1)
 
     def features() -> float:

@@ -72,30 +72,33 @@ class Compute:
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         return model.to(self.device).to(memory_format=layout)
 
-    def compiled(self, module: nn.Module, wanted: bool | None) -> Callable[..., Tensor]:
-        """The module as it is, or its forward and backward pass compiled by torch.compile (TorchInductor).
+    def compiled(
+        self, function: Callable[..., Tensor], wanted: bool | None, group: str = "trainer"
+    ) -> Callable[..., Tensor]:
+        """The function as it is, or its forward and backward pass compiled by torch.compile (TorchInductor).
 
         The two share their weights. Rounding differs between them, and dropout draws other numbers.
 
         Args:
-            module: on the device.
+            function: a module on the device, or a method of one.
             wanted: None: on CUDA, if a compiler works there.
+            group: of the configuration, whose `compile` this is.
 
         Raises:
             ConfigError: it is wanted, and no compiler works here.
         """
         if wanted is False or (wanted is None and self.device.type != "cuda"):
-            return module
+            return function
         reason = _cannot_compile(self.device)
         if reason is None:
-            log.info("compiling the training step: the first one takes a minute or more")
+            log.info("compiling the network: its first call takes a minute or more")
             # One size each: for sizes that vary, the compiler gives up the memory layout of convolutions.
-            compiled: Callable[..., Tensor] = torch.compile(module, dynamic=False)
-            return compiled if wanted else _or_without(compiled, module)
+            compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+            return compiled if wanted else _or_without(compiled, function)
         if wanted:
-            raise ConfigError(f"trainer.compile=true: torch.compile does not work here ({reason}); allowed is false")
+            raise ConfigError(f"{group}.compile=true: torch.compile does not work here ({reason}); allowed is false")
         log.warning("torch.compile does not work here (%s): training without it", reason)
-        return module
+        return function
 
     def describe(self) -> str:
         """For people: the device and the precision."""
@@ -113,8 +116,8 @@ def _cannot_compile(device: torch.device) -> str | None:
     return None
 
 
-def _or_without(compiled: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
-    """The compiled module, or the module itself if its first call fails: a compiler may fail at a network only."""
+def _or_without(compiled: Callable[..., Tensor], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The compiled function, or the function itself if the first call fails: a compiler may fail at a network only."""
     call: Callable[..., Tensor] | None = None
 
     def first(*inputs: Tensor | None) -> Tensor:
@@ -128,8 +131,8 @@ def _or_without(compiled: Callable[..., Tensor], module: nn.Module) -> Callable[
             if out_of_memory(error):
                 raise
             log.warning("torch.compile failed (%s): training without it", " ".join(str(error).split())[:160])
-            out = module(*inputs)
-            call = module
+            out = function(*inputs)
+            call = function
         return out
 
     return first
@@ -177,7 +180,7 @@ def _keep_freed_memory() -> None:
     """For the rest of this process, glibc keeps blocks of up to a gigabyte when they are freed.
 
     It would give them back to the system, and the next step takes as many again: clearing their pages each time was 5 %
-    of a step of the paper's network on two cores, and 9 % of the small one's.
+    of a step of the paper's network on two cores, and 9 % of the small one's (docs/speed.md).
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

@@ -121,6 +121,7 @@ class SamplerConfig:
     seed: int
     guidance_scale: float = 1.0
     label: str | None = None
+    compile: bool = False
 
 
 @dataclass

@@ -39,6 +39,7 @@ from modeling.schedule import NoiseSchedule, linear_betas
 from modeling.settings import DDIMConfig, DiffusionConfig, FolderConfig, LinearConfig, ModelConfig, WandbConfig
 from modeling.signals import command_again, poll, stop_requested, stop_requests, stopped_at_once
 from modeling.stages.evaluate import _likelihood
+from modeling.stages.sample import place_trained
 from modeling.tracking import Tracker
 from modeling.trained import asked_group, check_agrees, load_trained, parse_group
 
@@ -155,6 +156,25 @@ def test_each_size_of_batch_is_compiled_for_itself(monkeypatch):
     for n in (4, 6, 8, 4, 6, 8):
         forward(torch.ones(n, 3))
     assert counter.frame_count - before == 3
+
+
+def test_a_sampler_that_asks_for_it_runs_a_compiled_network(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    config = ModelConfig("tiny", 8, [1, 2], 1, [4], 1, 0.0, 4, False)
+    model = build_model(config, LinearConfig("linear", 10, "epsilon", "fixed_large", None), (8, 8, 3), 0, 0).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    sampler, names = DDIMConfig("ddim", 3, True, 4, 2, seed=0), list(model.state_dict())
+    assert place_trained(model, sampler, CPU) is model
+    plain = draw_samples(model, sampler, range(4), (3, 8, 8), CPU)
+    before = counter.frame_count
+    compiled = place_trained(model, dataclasses.replace(sampler, compile=True), CPU)
+    assert torch.equal(draw_samples(compiled, sampler, range(4), (3, 8, 8), CPU), plain) and plain.float().std() > 1
+    assert counter.frame_count > before and list(compiled.state_dict()) == names
+    monkeypatch.setattr(device, "_cannot_compile", lambda _: "no compiler")
+    with pytest.raises(ConfigError, match=r"sampler\.compile=true: torch\.compile does not work here"):
+        place_trained(model, dataclasses.replace(sampler, compile=True), CPU)
 
 
 def test_seeding_the_device_is_seeding_torch():

@@ -32,7 +32,7 @@ from modeling.quality import (
 )
 from modeling.settings import Config
 from modeling.stages.prepare import ensure_prepared
-from modeling.stages.sample import asked_samples, check_asked, trained_model
+from modeling.stages.sample import asked_samples, check_asked, place_trained, trained_model
 from modeling.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def run(config: Config, out: Path) -> None:
     target = out / "reports"
     if is_first():
         make_writable(target)
-    model = compute.place_model(model)
+    model = place_trained(model, config.sampler, compute)
     train, test = load_split(source, "train"), load_split(source, "test")
     inception = _inception(config, compute)
     report = _likelihood(config, model, test, compute) | {"made_on": compute.describe()}
@@ -152,6 +152,7 @@ def _quality(
         "clip_denoised": s.clip_denoised,
         "variance": model.variance,
         "precision": "bf16" if compute.bf16 else "float32",
+        "compile": s.compile,
         "device": compute.device.type,
         "weights_sha256": meta["sha256"],
     }

@@ -18,7 +18,7 @@ from modeling.drawing import draw_samples, sample_grid
 from modeling.files import cannot_write, make_writable
 from modeling.images import png_bytes, save_png
 from modeling.paths import state_root
-from modeling.settings import Config, DataConfig
+from modeling.settings import Config, DataConfig, SamplerConfig
 from modeling.signals import poll
 from modeling.trained import asked_group, check_agrees, load_trained, parse_group
 
@@ -61,6 +61,19 @@ def check_asked(model: DiffusionModel, meta: dict[str, Any], config: Config) -> 
     check_sampler(config.sampler, model.schedule.num_timesteps, classes, dropout)
 
 
+def place_trained(model: DiffusionModel, sampler: SamplerConfig, compute: Compute) -> DiffusionModel:
+    """The model on the device, its network compiled if the sampler group asks for it.
+
+    Raises:
+        ConfigError: it does, and no compiler works here.
+    """
+    model = compute.place_model(model)
+    if sampler.compile:
+        # Its method, not the module: the names of the weights stay.
+        model.network.forward = compute.compiled(model.network.forward, True, "sampler")
+    return model
+
+
 def asked_samples(
     model: DiffusionModel, meta: dict[str, Any], config: Config, indices: range, compute: Compute
 ) -> Tensor:
@@ -80,10 +93,11 @@ def run(config: Config, out: Path) -> None:
     compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, _ = trained_model(config, out)
     check_asked(model, meta, config)
+    model = place_trained(model, config.sampler, compute)
     folder = out / "samples"
     if is_first():
         make_writable(folder)
-    images = asked_samples(compute.place_model(model), meta, config, range(config.sampler.num_samples), compute)
+    images = asked_samples(model, meta, config, range(config.sampler.num_samples), compute)
     if not is_first():
         return
     _replace(folder, images)
