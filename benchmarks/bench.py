@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import machine, report, sections, startup
 from benchmarks.measure import NOISY, Elsewhere
+from benchmarks.project import command_line
 from modeling.device import choose_compute
 
 ROOT = Path(__file__).parent
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

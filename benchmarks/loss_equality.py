@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.project import ROOT, Task, configure, make_trainer
+from benchmarks.project import ROOT, Task, command_line, configure, make_trainer
 from modeling.data import LabelledImages, shapes
 from modeling.device import choose_compute
 from modeling.reporter import Silent
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

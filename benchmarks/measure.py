@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method, set_start_method
 from types import TracebackType
 from typing import Any
 
@@ -62,7 +62,7 @@ class Elsewhere:
     """A process for contestants that are to run as their users have them, whatever this project sets for its own."""
 
     def __init__(self) -> None:
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _quiet)
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (get_start_method(),))
 
     def contestant(self, make: Callable[..., Contestant], *arguments: Any) -> Hosted:
         """What make(*arguments) makes there."""
@@ -79,7 +79,8 @@ class Elsewhere:
         self.pool.shutdown(cancel_futures=True)
 
 
-def _quiet() -> None:
+def _begin(start_method: str) -> None:
+    set_start_method(start_method, force=True)  # of a DataLoader's workers, as it is where nobody has spawned anything
     warnings.filterwarnings("ignore", module=NOISY)
 
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import project
 from benchmarks.machine import describe
 from benchmarks.measure import wait
-from benchmarks.project import make_task
+from benchmarks.project import command_line, make_task
 
 WARM = 2  # steps before
 
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -1,13 +1,16 @@
 """This project as a contestant: built by its own code, from its own configuration, doing all that a step does."""
 
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Contestant
@@ -16,6 +19,7 @@ from modeling.config import load_config
 from modeling.data import LabelledImages, shapes
 from modeling.device import Compute, choose_compute
 from modeling.diffusion import DiffusionModel
+from modeling.errors import ConfigError, UserError
 from modeling.reporter import Reporter, Silent
 from modeling.settings import Config
 from modeling.training import Trainer
@@ -27,6 +31,15 @@ def configure(*overrides: str) -> Config:
     """The shipped configuration with overrides, checked."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return load_config(compose("config", list(overrides)), overrides)
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Runs a benchmark; what its user can put right is one line, as in main.py."""
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(error.exit_code if isinstance(error, UserError) else ConfigError.exit_code) from None
 
 
 @dataclass

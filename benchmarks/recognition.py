@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import describe
-from benchmarks.project import configure
+from benchmarks.project import command_line, configure
 from modeling.data import load_split
 from modeling.device import choose_compute
 from modeling.drawing import draw_samples
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.measure import ratio, spread
-from benchmarks.project import configure
+from benchmarks.project import command_line, configure
 from modeling import training
 from modeling.reports import Reports
 from modeling.stages import train
@@ -161,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

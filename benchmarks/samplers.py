@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from benchmarks.machine import describe
-from benchmarks.project import ROOT, configure
+from benchmarks.project import ROOT, command_line, configure
 from modeling.data import LabelledImages, load_split
 from modeling.device import choose_compute
 from modeling.drawing import draw_samples
@@ -133,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

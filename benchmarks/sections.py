@@ -71,9 +71,6 @@ def training(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     if bf16:
         contestants["diffusers (bf16 autocast)"] = host(peers.diffusers_training, task, True)
         contestants["denoising-diffusion-pytorch (bf16 autocast)"] = host(peers.ddpm_pytorch_training, task, True)
-    if device.type == "cpu":
-        # In that process nobody has called choose_compute.
-        contestants["this project, freed memory given back"] = host(project.training, task)
     if device.type == "cuda":
         contestants["this project, not compiled"] = project.training(make_task((*overrides, "trainer.compile=false")))
         contestants["diffusers (bf16 autocast, compiled)"] = host(peers.diffusers_training, task, True, True)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.project import configure
+from benchmarks.project import command_line, configure
 from modeling.build import build_model, build_optimizer
 from modeling.data import LabelledImages, load_split, read_prepared
 from modeling.device import Compute, choose_compute
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -180,7 +180,7 @@ def _keep_freed_memory() -> None:
     """For the rest of this process, glibc keeps blocks of up to a gigabyte when they are freed.
 
     It would give them back to the system, and the next step takes as many again: clearing their pages each time was 5 %
-    of a step of the paper's network on two cores, and 9 % of the small one's (docs/speed.md).
+    of a step of the paper's network on two cores, and 8 % of the small one's (docs/speed.md).
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

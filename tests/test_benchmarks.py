@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench, loss_equality, peers, profile_step, recognition, samplers, time_to_quality
+from benchmarks import bench, kept_memory, loss_equality, peers, profile_step, recognition, samplers, time_to_quality
 from benchmarks.measure import Elsewhere, rates, ratio, spread
-from benchmarks.project import configure, make_task, training_flops
+from benchmarks.project import command_line, configure, make_task, training_flops
 from modeling.shapes import draw_shapes
 from modeling.stages import prepare, train
 
@@ -71,6 +71,14 @@ def test_bench_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     assert set(results["evaluation"]["images_per_second"]) == {"held_out_loss", "bits_per_dim", "inception_features"}
     printed = capsys.readouterr().out
     assert "diffusers (float32, its default)" in printed and "From the command to the first step" in printed
+
+
+def test_kept_memory_is_compared_with_glibc_as_it_comes(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["kept_memory", "--rounds=1", "model=tiny", "trainer.batch_size=2"])
+    kept_memory.main()
+    printed = capfd.readouterr().out
+    found = json.loads(printed[printed.index("{") :])
+    assert set(found["images_per_second"]) == {"kept", "given back"} and found["ratio"]["n"] == 1
 
 
 SMALL = [
@@ -139,6 +147,17 @@ def test_energy_distance():
     same = torch.randn(2000, 3, generator=generator, dtype=torch.float64)
     distance, error = samplers.energy_distance(same, known)
     assert abs(distance) < 0.01 < distances.mean() - 5 * error
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"), [("model.weights=absent", "no model in absent"), ("modle=tiny", "Could not override 'modle'")]
+)
+def test_bad_input_is_one_line(argument, told, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["samplers", argument])
+    with pytest.raises(SystemExit) as end:
+        command_line(samplers.main)
+    printed = capsys.readouterr().err
+    assert end.value.code and printed.startswith(f"error: {told}") and printed.count("\n") == 1
 
 
 def test_the_classifier_knows_real_shapes():
