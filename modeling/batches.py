@@ -91,11 +91,10 @@ class BatchSource:
         if self.random_flip:
             generator = torch.Generator().manual_seed(step_seed(self.seed, "flip", step))
             flip = torch.rand(self.batch_size, generator=generator) < 0.5
-            if self.both is None:
+            both = self.both
+            if both is None:
                 both = _with_mirrored(images.index_select(0, send(rows, images.device)))
                 rows = torch.arange(self.batch_size)
-            else:
-                both = self.both
             images, rows = both, rows + len(both) // 2 * flip
         return to_model(images.index_select(0, send(rows, images.device)).contiguous())
 

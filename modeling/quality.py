@@ -98,10 +98,10 @@ def load_inception(weights: Path | None, sha256: str, device: torch.device) -> I
         with tempfile.NamedTemporaryFile(suffix=".pth") as clean:
             torch.save(dict(state), clean.name)
             network = FeatureExtractorInceptionV3(*FIDELITY, feature_extractor_weights_path=clean.name)
-        return Inception(network, found, device)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"evaluation.inception_weights={path} cannot be read: {reason}") from None
+    return Inception(network, found, device)
 
 
 def download(sha256: str) -> Path:

@@ -160,12 +160,9 @@ def dpm_solver_sample(model: Denoiser, x_T: Tensor, timesteps: Sequence[int], cl
     """
     x = x_T
     earlier: tuple[Tensor, float] | None = None  # the last predicted x_0, and the log-SNR half-step that led here
-    for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps):
+    for t, alpha_bar, alpha_bar_prev in _alphas_cumprod_pairs(model, timesteps)[:-1]:
         poll()
         x_0 = model.predict(x, _full(x, t), clip_denoised).x_0
-        if t == timesteps[-1]:
-            x = x_0
-            break
         lam, lam_next = _half_log_snr(alpha_bar), _half_log_snr(alpha_bar_prev)
         h = lam_next - lam
         direction = x_0
@@ -178,7 +175,8 @@ def dpm_solver_sample(model: Denoiser, x_T: Tensor, timesteps: Sequence[int], cl
             math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * x
             - math.sqrt(alpha_bar_prev) * math.expm1(-h) * direction
         )
-    return x
+    poll()
+    return model.predict(x, _full(x, timesteps[-1]), clip_denoised).x_0
 
 
 def _half_log_snr(alpha_bar: float) -> float:

@@ -11,7 +11,7 @@ from modeling import data
 from modeling.batches import BatchSource, step_seed
 from modeling.data import LabelledImages, load_split, read_prepared, write_prepared
 from modeling.device import Compute
-from modeling.errors import UserError
+from modeling.errors import Stopped, UserError
 from modeling.images import to_model
 from modeling.shapes import CLASSES, COLOURS, draw_shapes
 
@@ -152,6 +152,15 @@ def test_corrupted_cifar10_is_refused(tiny_cifar10):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="no complete CIFAR-10"):
         data.cifar10(tiny_cifar10)
+
+
+def test_a_stop_during_the_download_is_no_failure_of_it(tmp_path, monkeypatch):
+    def absent(root, train, download):
+        raise Stopped("stopped") if download else RuntimeError("not found")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", absent)
+    with pytest.raises(Stopped, match=r"^stopped$"):
+        data.cifar10(tmp_path / "raw")
 
 
 def source(n=10, batch_size=4, flip=False, seed=0):

@@ -23,6 +23,20 @@ def saved(folder, model=MODEL, diffusion=LINEAR):
     return folder
 
 
+def test_too_little_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
+    folder = saved(tmp_path)
+
+    def full(*arguments, **settings):
+        raise torch.OutOfMemoryError("full")
+
+    for name in ("modeling.trained.build_model", "modeling.diffusers_format.load_safetensors"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            with pytest.raises(torch.OutOfMemoryError):
+                load_trained(folder)
+    assert load_trained(folder)[1]["sha256"]
+
+
 @pytest.mark.parametrize("diffusion", [LINEAR, DiffusionConfig("cosine", 10, "v_prediction", "learned")])
 def test_round_trip(tmp_path, diffusion):
     tensors, meta = load_diffusers(saved(tmp_path, diffusion=diffusion))

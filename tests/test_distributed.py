@@ -408,3 +408,14 @@ def test_processes_that_do_not_come_are_waited_for_only_so_long(tmp_path, monkey
     store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
     with pytest.raises(RuntimeError, match="do not come"):
         meeting.own_part(store, 0, 2)
+
+
+def test_who_has_lost_the_store_tells_his_error_himself(monkeypatch):
+    """It went with the process that held it, which can tell no more."""
+
+    class Gone:
+        def add(self, key, amount):
+            raise RuntimeError("connection reset")
+
+    monkeypatch.setattr(distributed, "_store", Gone())
+    assert distributed.is_first_to_tell(UserError("x"))

@@ -78,6 +78,14 @@ def test_a_cpu_takes_no_new_pages_for_blocks_that_it_has_freed():
     assert int(done.stdout) < 2**24
 
 
+def test_other_systems_and_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: object())  # which has no mallopt
+    assert choose_compute("cpu", "fp32") == CPU
+    monkeypatch.setattr(device.sys, "platform", "win32")
+    monkeypatch.setattr(device.ctypes, "CDLL", None)
+    assert choose_compute("cpu", "fp32") == CPU
+
+
 def test_cuda_is_chosen_and_described_where_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "GPU")
@@ -135,6 +143,14 @@ def test_where_the_compiler_fails_at_the_network_training_goes_without_unless_it
     assert caplog.text.count("torch.compile failed (too many registers): training without it") == 1
     with pytest.raises(RuntimeError, match="too many registers"):
         CPU.compiled(model, True)(x)
+
+
+def test_where_the_compiler_works_training_is_compiled(monkeypatch):
+    model, calls = torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: calls.append(x) or function(x))
+    monkeypatch.setattr(device, "_cannot_compile", lambda _: None)
+    forward, x = Compute(torch.device("cuda"), False).compiled(model, None), torch.ones(1, 1)
+    assert torch.equal(forward(x), model(x)) and torch.equal(forward(x), model(x)) and len(calls) == 2
 
 
 def test_too_little_memory_is_not_the_compilers_failure(monkeypatch):
@@ -400,6 +416,21 @@ def test_bits_per_dim_of_a_part_of_the_time_steps_agrees_with_all():
     report = held_out_report(model, images, 10, CPU)
     assert set(report["loss_by_t"]) == {"q1", "q2", "q3", "q4"}
     assert sum(report["loss_by_t"].values()) / 4 == pytest.approx(report["loss"], rel=1e-5)
+
+
+def test_where_wandb_starts_neither_online_nor_offline_training_goes_on(tmp_path, monkeypatch, caplog):
+    def broken(**settings):
+        raise RuntimeError(f"no service for {settings['mode']}")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("wandb.init", broken)
+    monkeypatch.setattr("wandb.teardown", lambda: None)
+    tracker = Tracker(dataclasses.replace(offline(), mode="online"), {}, "x", None, tmp_path)
+    tracker.log({"x": 1.0}, 1)
+    tracker.finish()
+    assert tracker.run is None and "no connection (no service for online): this run is offline" in caplog.text
+    assert "W&B failed (no service for offline): no more of this run is tracked there" in caplog.text
 
 
 def test_a_run_that_wandb_refuses_is_not_tracked_and_goes_on(tmp_path):
