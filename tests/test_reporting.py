@@ -71,6 +71,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 """
 
 
+# Hides no package: what is tested is a setting of glibc's allocator, and other C libraries have none.
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_a_cpu_takes_no_new_pages_for_blocks_that_it_has_freed():
     """In a process of its own: the heap of one that has run other tests has many shapes."""
