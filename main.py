@@ -15,11 +15,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from modeling import launch
 from modeling.config import load_config, no_such_key
-from modeling.errors import ConfigError, Stopped, UserError
-from modeling.faults import explain
-from modeling.signals import command_again, stop_requests
+from modeling.distributed import launcher as launch
+from modeling.reliability.errors import ConfigError, Stopped, UserError, explain
+from modeling.reliability.signals import resume_command, stop_requests
 
 ORDER = ("prepare", "train", "sample", "evaluate")
 TYPED = tuple(sys.argv)
@@ -66,7 +65,7 @@ def _end(error: Exception, stage: str = "", resume: str = "auto") -> None:
         raise SystemExit(code)
     if isinstance(error, Stopped):
         begun = error.trained or stage in ("sample", "evaluate")
-        line: str | None = f"{error}; to go on: {command_again(TYPED, resume if begun else 'auto')}"
+        line: str | None = f"{error}; to go on: {resume_command(TYPED, resume if begun else 'auto')}"
     elif isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError):
         unknown = re.match("Could not override '(.+?)'", str(error))
         line = f"error: {no_such_key(unknown[1]) if unknown else error}"

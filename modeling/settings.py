@@ -1,164 +1,259 @@
-"""The settings: one dataclass a group of the configuration. Plain data, known to every stage; checked in config.py."""
+"""Every key of the configuration: its type, its range, and what it affects. Defaults are in conf/; checks in config.py.
 
-from dataclasses import dataclass, field
+A group whose keys depend on a choice has a base class for the common keys and a subclass for each choice that has keys
+of its own. Imports no torch, so that main.py starts fast.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 MAX_TIMESTEPS = 1_000_000  # T: more would not fit into the memory of a small machine
+BETA_MIN = 1e-8  # below it, the first step would add no noise that a float could tell from none
 STAGES = ("all", "prepare", "train", "sample", "evaluate", "export")
 
 
-@dataclass
-class Cifar10Config:
+def _key(holds: Callable[[Any], bool] = lambda _: True, allowed: str = "", affects: str = "weights") -> Any:
+    """A key with a range.
+
+    Args:
+        holds: whether a value is allowed.
+        allowed: says so to the user.
+        affects: "weights" (part of a training run's fingerprint), "outputs" (of what a run publishes, but not of its
+            weights) or "nothing" (but speed, memory and safety).
+    """
+    return field(metadata={"holds": holds, "allowed": allowed, "affects": affects})
+
+
+def _positive(affects: str = "weights") -> Any:
+    return _key(lambda v: v > 0, "must be greater than 0", affects)
+
+
+def _not_negative() -> Any:
+    return _key(lambda v: v >= 0, "must not be negative")
+
+
+def _fraction() -> Any:
+    return _key(lambda v: 0 <= v < 1, "must lie in [0, 1)")
+
+
+def _one_of(*allowed: str) -> Any:
+    return _key(lambda v: v in allowed, f"allowed are {', '.join(allowed)}")
+
+
+def _at_least(minimum: int, null: str, affects: str = "weights") -> Any:
+    return _key(lambda v: v is None or v >= minimum, f"must be at least {minimum}, or null {null}", affects)
+
+
+def affects(config: object, what: str) -> dict[str, Any]:
+    """The keys of a group that affect `what` (see _key), with their values."""
+    keys = (f.name for f in fields(config) if f.metadata.get("affects", "weights") == what)  # type: ignore[arg-type]
+    return {key: getattr(config, key) for key in keys}
+
+
+class Group:
+    """A group of the configuration."""
+
+    def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
+        """What must hold between keys, each as (whether it holds, the key to name, what is allowed)."""
+        return ()
+
+
+def own_keys(config: Group) -> dict[str, Any]:
+    """The keys that only this choice of a group has, with their values."""
+    base = next(cls for cls in type(config).__mro__ if Group in cls.__bases__)
+    common = {f.name for f in fields(base)}
+    return {key: value for key, value in vars(config).items() if key not in common}
+
+
+@dataclass(kw_only=True)
+class DataConfig(Group):
     name: str
 
 
-@dataclass
-class ShapesConfig:
-    name: str
-    num_train: int
-    num_test: int
-    image_size: int
-    seed: int
+@dataclass(kw_only=True)
+class ShapesConfig(DataConfig):
+    num_train: int = _positive()
+    num_test: int = _positive()
+    image_size: int = _key(lambda v: v >= 8, "must be at least 8 pixels")
+    seed: int = _not_negative()
 
 
-@dataclass
-class FolderConfig:
-    name: str
-    path: str
-    test_fraction: float
+@dataclass(kw_only=True)
+class FolderConfig(DataConfig):
+    path: str = _key(lambda v: v != "", "must be the folder of your images")
+    test_fraction: float = _key(lambda v: 0 < v < 1, "must lie in (0, 1)")
 
 
-@dataclass
-class ModelConfig:
-    name: str
-    model_channels: int
-    channel_mult: list[int]
-    num_res_blocks: int
+@dataclass(kw_only=True)
+class ModelConfig(Group):
+    name: str = _key(affects="nothing")
+    model_channels: int = _key(lambda v: v >= 4 and v % 2 == 0, "must be even")
+    channel_mult: list[int] = _key(lambda v: len(v) > 0 and min(v) > 0, "must be positive")
+    num_res_blocks: int = _positive()
     attention_resolutions: list[int]
-    num_heads: int
-    dropout: float
-    norm_groups: int
-    class_conditional: bool = False
-    weights: str | None = None
+    num_heads: int = _positive()
+    dropout: float = _fraction()
+    norm_groups: int = _positive()
+    class_conditional: bool
+    weights: str | None = _key(affects="nothing")
+
+    def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
+        divides = self.model_channels % self.norm_groups == 0
+        yield divides, "norm_groups", f"must divide model.model_channels={self.model_channels}"
+        heads_fit = all(mult * self.model_channels % self.num_heads == 0 for mult in self.channel_mult)
+        yield heads_fit, "num_heads", "must divide the channels at every resolution"
 
 
-@dataclass
-class DiffusionConfig:
+@dataclass(kw_only=True)
+class DiffusionConfig(Group):
     schedule: str
-    num_timesteps: int
-    prediction_type: str
-    variance: str
-    min_snr_gamma: float | None = None
+    num_timesteps: int = _key(lambda v: 1 <= v <= MAX_TIMESTEPS, f"allowed are 1 to {MAX_TIMESTEPS}")
+    prediction_type: str = _one_of("epsilon", "sample", "v_prediction")
+    variance: str = _one_of("fixed_large", "fixed_small", "learned")
+    min_snr_gamma: float | None = _key(lambda v: v is None or v > 0, "must be above 0, or null for the simple loss")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LinearConfig(DiffusionConfig):
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    beta_start: float = _key(lambda v: BETA_MIN <= v < 1, f"must lie in [{BETA_MIN}, 1)")
+    beta_end: float = _key(lambda v: 0 < v < 1, "must lie in (0, 1)")
+
+    def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
+        yield self.beta_start < self.beta_end, "beta_start", f"must be below beta_end={self.beta_end}"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SigmoidConfig(DiffusionConfig):
-    start: float = -3.0
-    end: float = 3.0
-    tau: float = 1.0
+    start: float
+    end: float
+    tau: float = _positive()
+
+    def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
+        yield self.start < self.end, "start", f"must be below end={self.end}"
 
 
-@dataclass
-class _OptimizerConfig:
+@dataclass(kw_only=True)
+class TabulatedConfig(DiffusionConfig):
+    betas: list[float]
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig(Group):
     name: str
-    lr: float
-    warmup_steps: int
-    lr_decay: str
-    grad_clip: float | None
+    lr: float = _positive()
+    warmup_steps: int = _not_negative()
+    lr_decay: str = _one_of("none", "cosine", "linear")
+    grad_clip: float | None = _key(lambda v: v is None or v > 0, "must be above 0, or null")
 
 
-@dataclass
-class AdamConfig(_OptimizerConfig):
-    betas: list[float] = field(default_factory=list)
-    eps: float = 1e-8
+@dataclass(kw_only=True)
+class AdamConfig(OptimizerConfig):
+    betas: list[float] = _key(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "must be two numbers in [0, 1)")
+    eps: float = _positive()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AdamWConfig(AdamConfig):
-    weight_decay: float = 0.0
+    weight_decay: float = _not_negative()
 
 
-@dataclass
-class SGDConfig(_OptimizerConfig):
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+@dataclass(kw_only=True)
+class SGDConfig(OptimizerConfig):
+    momentum: float = _fraction()
+    weight_decay: float = _not_negative()
 
 
-@dataclass
-class TrainerConfig:
-    steps: int
-    batch_size: int
-    ema_decay: float
+@dataclass(kw_only=True)
+class TrainerConfig(Group):
+    steps: int = _positive("outputs")
+    batch_size: int = _positive()
+    ema_decay: float = _fraction()
     random_flip: bool
-    timestep_sampling: str
-    label_dropout: float
-    log_every: int
-    evaluate_every: int
-    evaluate_images: int
-    sample_every: int
-    sample_images: int
-    sample_steps: int
-    checkpoint_every: int
-    checkpoint_minutes: float = 10.0
-    resume: str = "auto"
-    compile: bool | None = None
-    micro_batch_size: int | None = None
-    nproc: int = 1
+    timestep_sampling: str = _one_of("uniform", "stratified")
+    label_dropout: float = _fraction()
+    log_every: int = _positive("outputs")
+    evaluate_every: int = _positive("outputs")
+    evaluate_images: int = _positive("outputs")
+    sample_every: int = _positive("outputs")
+    sample_images: int = _positive("outputs")
+    sample_steps: int = _key(affects="outputs")
+    checkpoint_every: int = _positive("nothing")
+    checkpoint_minutes: float = _positive("nothing")
+    compile: bool | None = _key(affects="nothing")
+    micro_batch_size: int | None = _at_least(1, "for the batch", "nothing")
+    nproc: int = _positive("nothing")
+    resume: str = _key(affects="outputs")
+
+    def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
+        yield _steps_fit(self.sample_steps, "sample_steps", config)
+        labels = config.model.class_conditional or self.label_dropout == 0
+        yield labels, "label_dropout", "needs model.class_conditional=true"
 
 
-@dataclass
-class SamplerConfig:
+@dataclass(kw_only=True)
+class SamplerConfig(Group):
     name: str
     steps: int
     clip_denoised: bool
-    num_samples: int
-    batch_size: int
-    seed: int
-    guidance_scale: float = 1.0
-    label: str | None = None
-    compile: bool = False
+    num_samples: int = _positive()
+    batch_size: int = _positive()
+    seed: int = _not_negative()
+    guidance_scale: float = _not_negative()
+    label: str | None
+    compile: bool
+
+    def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
+        yield _steps_fit(self.steps, "steps", config)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DDIMConfig(SamplerConfig):
-    eta: float = 0.0
+    eta: float = _key(lambda v: 0 <= v <= 1, "must lie in [0, 1]")
 
 
-@dataclass
-class EvaluationConfig:
-    batch_size: int
-    bpd_images: int | None
-    bpd_timesteps: int | None
-    fid_samples: int | None
+def _steps_fit(steps: int, key: str, config: "Config") -> tuple[bool, str, str]:
+    most = config.diffusion.num_timesteps
+    return 1 <= steps <= most, key, f"allowed are 1 to {most}, diffusion.num_timesteps"
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig(Group):
+    batch_size: int = _positive()
+    bpd_images: int | None = _at_least(2, "for all")
+    bpd_timesteps: int | None = _at_least(1, "for all")
+    fid_samples: int | None = _at_least(10, "to leave FID out")
     inception_weights: str | None
-    inception_sha256: str
+    inception_sha256: str = _key(
+        lambda v: bool(re.fullmatch("[0-9a-f]{8,64}", v)), "must be 8 to 64 hexadecimal digits"
+    )
 
 
-@dataclass
-class WandbConfig:
-    mode: str
+@dataclass(kw_only=True)
+class WandbConfig(Group):
+    mode: str = _one_of("online", "offline", "disabled")
     project: str
     entity: str | None
-    timeout: float
+    timeout: float = _positive()
 
 
-DataConfig = Cifar10Config | ShapesConfig | FolderConfig
-OptimizerConfig = AdamConfig | AdamWConfig | SGDConfig
+@dataclass(kw_only=True)
+class TopConfig(Group):
+    """The keys that are in no group."""
 
-
-@dataclass
-class Config:
-    stage: str
+    stage: str = _one_of(*STAGES)
     out_dir: str | None
-    seed: int
-    device: str
-    precision: str
+    seed: int = _not_negative()
+    device: str = _one_of("auto", "cpu", "cuda")
+    precision: str = _one_of("auto", "bf16", "fp32")
     deterministic: bool
+
+
+@dataclass(kw_only=True)
+class Config(TopConfig):
+    """The whole configuration of a command."""
+
     data: DataConfig
     model: ModelConfig
     diffusion: DiffusionConfig
@@ -176,16 +271,32 @@ class Config:
         return typed or "experiment" in self.named
 
 
-# Groups whose keys depend on a choice: the key that chooses, and the dataclass of each choice.
-CHOICES: dict[str, tuple[str, dict[str, type]]] = {
-    "data": ("name", {"cifar10": Cifar10Config, "shapes": ShapesConfig, "folder": FolderConfig}),
-    "diffusion": ("schedule", {"linear": LinearConfig, "cosine": DiffusionConfig, "sigmoid": SigmoidConfig}),
-    "optimizer": ("name", {"adam": AdamConfig, "adamw": AdamWConfig, "sgd": SGDConfig}),
-    "sampler": ("name", {"ddpm": SamplerConfig, "ddim": DDIMConfig, "dpm_solver": SamplerConfig}),
+@dataclass(frozen=True)
+class Schema:
+    """The dataclass of a group; with choices: the key that chooses, and the dataclass of each choice."""
+
+    base: type[Group]
+    key: str = "name"
+    choices: dict[str, type[Group]] = field(default_factory=dict)
+
+
+GROUPS = {
+    "data": Schema(DataConfig, choices={"cifar10": DataConfig, "shapes": ShapesConfig, "folder": FolderConfig}),
+    "model": Schema(ModelConfig),
+    "diffusion": Schema(
+        DiffusionConfig,
+        "schedule",
+        {"linear": LinearConfig, "cosine": DiffusionConfig, "sigmoid": SigmoidConfig, "tabulated": TabulatedConfig},
+    ),
+    "optimizer": Schema(OptimizerConfig, choices={"adam": AdamConfig, "adamw": AdamWConfig, "sgd": SGDConfig}),
+    "trainer": Schema(TrainerConfig),
+    "sampler": Schema(SamplerConfig, choices={"ddpm": SamplerConfig, "ddim": DDIMConfig, "dpm_solver": SamplerConfig}),
+    "evaluation": Schema(EvaluationConfig),
+    "wandb": Schema(WandbConfig),
 }
-GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "trainer": TrainerConfig,
-    "evaluation": EvaluationConfig,
-    "wandb": WandbConfig,
-}
+
+
+def parse_group(group: str, values: dict[str, Any]) -> Any:
+    """The dataclass of a group from the plain values that a model file holds."""
+    schema = GROUPS[group]
+    return schema.choices.get(values.get(schema.key, ""), schema.base)(**values)

@@ -1,7 +1,6 @@
 """Stage `evaluate`: the metrics and the sample grid of a trained model, into reports/ and into its own W&B run."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -10,19 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from modeling.checkpoint import code_hash
-from modeling.data import LabelledImages, load_split, read_prepared
-from modeling.device import Compute, choose_compute
-from modeling.diffusion import DiffusionModel
-from modeling.distributed import is_first
-from modeling.drawing import sample_grid
-from modeling.errors import ConfigError, UserError
-from modeling.evaluation import bits_per_dim, held_out_report
-from modeling.files import make_writable, write_atomic
-from modeling.images import save_png
-from modeling.nearest import nearest_images, panel
-from modeling.paths import read_notes, state_root
-from modeling.quality import (
+from modeling.checkpoints.fingerprint import code_hash, fingerprint
+from modeling.checkpoints.run_folder import read_notes
+from modeling.data.prepared import LabelledImages, Prepared, ensure_prepared
+from modeling.diffusion.model import DiffusionModel
+from modeling.distributed.collectives import is_first
+from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
+from modeling.evaluation.fid import (
     Inception,
     Unavailable,
     kept_samples,
@@ -30,10 +23,14 @@ from modeling.quality import (
     quality_metrics,
     reference_features,
 )
-from modeling.settings import Config
-from modeling.stages.prepare import ensure_prepared
-from modeling.stages.sample import asked_samples, check_asked, place_trained, trained_model
-from modeling.tracking import Tracker
+from modeling.evaluation.nearest import nearest_images, panel
+from modeling.inference.device import Compute, choose_compute
+from modeling.inference.images import sample_grid, save_png
+from modeling.reliability.errors import ConfigError, UserError
+from modeling.reliability.files import make_writable, state_root, write_atomic
+from modeling.reporting.wandb_run import WandbRun
+from modeling.settings import Config, own_keys
+from modeling.stages.sample import check_sampler_of, load_for, place_trained, sample_as_asked
 
 log = logging.getLogger(__name__)
 CPU_BPD = (1000, 20)  # test images and time steps of bits/dim on a CPU, if the configuration leaves it open
@@ -47,45 +44,46 @@ def run(config: Config, out: Path) -> None:
         UserError: bad model file, data that does not fit it, or an output that cannot be written.
     """
     compute = choose_compute(config.device, config.precision, config.deterministic)
-    model, meta, data = trained_model(config, out)
-    check_asked(model, meta, config)
-    source = ensure_prepared(config, data)
-    prepared = read_prepared(source)
-    if prepared["shape"] != meta["image_shape"]:
+    model, meta, data_config = load_for(config, out)
+    check_sampler_of(config, model, meta)
+    data = ensure_prepared(config, data_config)
+    if data.shape != meta["image_shape"]:
         raise ConfigError(
-            f"data={data.name}: its images are {prepared['shape']}, those of the model {meta['image_shape']}"
+            f"data={data_config.name}: its images are {data.shape}, those of the model {meta['image_shape']}"
         )
     target = out / "reports"
     if is_first():
         make_writable(target)
     model = place_trained(model, config.sampler, compute)
-    train, test = load_split(source, "train"), load_split(source, "test")
     inception = _inception(config, compute)
-    report = _likelihood(config, model, test, compute) | {"made_on": compute.describe()}
-    images = asked_samples(model, meta, config, range(config.sampler.num_samples), compute)
-    report["quality"] = (
-        {"left_out": inception}
-        if isinstance(inception, str)
-        else _quality(inception, config, model, meta, prepared, train.images, compute)
-    )
+    report = _likelihood(config, model, data.test, compute) | {"made_on": compute.describe()}
+    images = sample_as_asked(config, model, meta, range(config.sampler.num_samples), compute)
+    if isinstance(inception, str):
+        report["quality"] = {"left_out": inception}
+    else:
+        report["quality"] = _quality(config, inception, model, meta, data, compute)
     if not is_first():
         return
-    grid = sample_grid(images, model.num_classes)
-    save_png(target / "samples.png", grid)
-    near, nearest = _nearest(images, train, test, meta)
-    save_png(target / "nearest.png", nearest)
-    report |= near
+    distances, nearest = _nearest(images, data, meta)
+    report |= distances
+    pictures = {"samples": sample_grid(images, model.num_classes), "nearest": nearest}
+    for name, picture in pictures.items():
+        save_png(target / f"{name}.png", picture)
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
-    folder = state_root() / "runs" / meta["run"]
-    used = {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
-    told = {key: value for key, value in meta["config"].items() if key != "trainer"}  # training has told all of it
-    tracker = Tracker(config.wandb, told | used, read_notes(folder)["wandb_id"], None, state_root())
-    step = max(meta["steps"] + 1, tracker.first)  # W&B drops what comes at a step that it has
-    tracker.log(dict(_numbers("evaluate", report)), step)
-    tracker.image("evaluate/samples", grid, step)
-    tracker.image("evaluate/nearest", nearest, step)
-    tracker.finish()
+    _log_to_wandb(config, meta, report, pictures)
     log.info("metrics and samples: %s", target)
+
+
+def _log_to_wandb(config: Config, meta: dict[str, Any], report: dict[str, Any], pictures: dict[str, Tensor]) -> None:
+    used = {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
+    recipe = {key: value for key, value in meta["config"].items() if key != "trainer"}  # training has logged all of it
+    run_id = read_notes(state_root() / "runs" / meta["run"])["wandb_id"]
+    wandb_run = WandbRun(config.wandb, recipe | used, run_id, None, state_root())
+    step = max(meta["steps"] + 1, wandb_run.first)  # W&B drops values of a step that it has
+    wandb_run.log(_numbers("evaluate", report), step)
+    for name, picture in pictures.items():
+        wandb_run.image(f"evaluate/{name}", picture, step)
+    wandb_run.finish()
 
 
 def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, compute: Compute) -> dict[str, Any]:
@@ -101,15 +99,13 @@ def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, com
     return report
 
 
-def _nearest(
-    images: Tensor, train: LabelledImages, test: LabelledImages, meta: dict[str, Any]
-) -> tuple[dict[str, float], Tensor]:
-    """How near samples are to training images, beside how near as many test images are; and the panel."""
+def _nearest(images: Tensor, data: Prepared, meta: dict[str, Any]) -> tuple[dict[str, float], Tensor]:
+    """The distance of samples to training images, beside that of as many test images; and the panel."""
     count, k = NEAREST
     mirror = bool(meta["config"].get("trainer", {}).get("random_flip", False))
-    k = min(k, len(train.images))
-    found = nearest_images(images, train.images, k, mirror)
-    held_out = nearest_images(test.images[: len(images)], train.images, 1, mirror)
+    train = data.train.images
+    found = nearest_images(images, train, min(k, len(train)), mirror)
+    held_out = nearest_images(data.test.images[: len(images)], train, 1, mirror)
     distances = {
         "nearest_rms": found.rms[:, 0].mean().item(),
         "nearest_rms_of_test_images": held_out.rms[:, 0].mean().item(),
@@ -123,21 +119,14 @@ def _inception(config: Config, compute: Compute) -> Inception | str:
     if e.fid_samples is None:
         return "evaluation.fid_samples=null"
     try:
-        weights = None if e.inception_weights is None else Path(e.inception_weights)
-        return load_inception(weights, e.inception_sha256, compute.device)
+        return load_inception(e.inception_weights, e.inception_sha256, compute.device)
     except Unavailable as reason:
         log.warning("FID and its relatives are left out: %s", reason)
         return str(reason)
 
 
 def _quality(
-    inception: Inception,
-    config: Config,
-    model: DiffusionModel,
-    meta: dict[str, Any],
-    prepared: dict[str, Any],
-    train: Tensor,
-    compute: Compute,
+    config: Config, inception: Inception, model: DiffusionModel, meta: dict[str, Any], data: Prepared, compute: Compute
 ) -> dict[str, Any]:
     """FID and its relatives with the facts that make them comparable."""
     e, s = config.evaluation, config.sampler
@@ -145,7 +134,6 @@ def _quality(
     facts = {
         "sampler": s.name,
         "nfe": s.steps if s.guidance_scale == 1 else 2 * s.steps,  # guided: with and without the label
-        "eta": getattr(s, "eta", None),
         "guidance_scale": s.guidance_scale,
         "seed": s.seed,
         "label": s.label,
@@ -155,31 +143,34 @@ def _quality(
         "compile": s.compile,
         "device": compute.device.type,
         "weights_sha256": meta["sha256"],
+        **own_keys(s),
     }
-    code = [code_hash("drawing"), code_hash("unet")]
-    drawn_with = facts | {"steps": s.steps, "diffusion": meta["config"]["diffusion"], "code": code}
-    key = hashlib.sha256(json.dumps(drawn_with, sort_keys=True).encode()).hexdigest()[:16]
+    drawn_with = {
+        "steps": s.steps,
+        "diffusion": meta["config"]["diffusion"],
+        "code": code_hash("inference.samples", "build"),
+    }
     root = state_root() / "runs"
     samples = kept_samples(
-        root / meta["run"] / "samples-for-fid" / key,
+        root / meta["run"] / "samples-for-fid" / fingerprint(facts | drawn_with),
         e.fid_samples,
         e.batch_size,
-        lambda indices: asked_samples(model, meta, config, indices, compute),
+        lambda indices: sample_as_asked(config, model, meta, indices, compute),
     )
     pool, logits = inception.features(samples)
-    reference = reference_features(inception, train, prepared["sha256"]["train"], root / "reference", e.batch_size)
+    reference = reference_features(inception, data.train.images, data.sha256["train"], root / "reference", e.batch_size)
     metrics = quality_metrics(pool, logits, reference) if is_first() else {}
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    made = {"num_samples": e.fid_samples, "reference": f"{prepared['num_train']} training images, not flipped"}
+    made = {"num_samples": e.fid_samples, "reference": f"{len(data.train.images)} training images, not flipped"}
     return metrics | made | facts | {"inception_sha256": inception.sha256}
 
 
-def _numbers(prefix: str, report: dict[str, Any]) -> list[tuple[str, float]]:
+def _numbers(prefix: str, report: dict[str, Any]) -> dict[str, float]:
     """The numbers of a nested report under names like evaluate/quality/fid."""
-    found: list[tuple[str, float]] = []
+    found: dict[str, float] = {}
     for key, value in report.items():
         if isinstance(value, dict):
-            found += _numbers(f"{prefix}/{key}", value)
+            found |= _numbers(f"{prefix}/{key}", value)
         elif isinstance(value, int | float):
-            found.append((f"{prefix}/{key}", value))
+            found[f"{prefix}/{key}"] = value
     return found

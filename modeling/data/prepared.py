@@ -1,0 +1,156 @@
+"""A prepared folder: train.npy and test.npy (uint8 [N, H, W, C]), their labels, and data.json that describes them.
+
+data.json holds counts, image shape, class names, the settings of the source and the SHA-256 of each file. Images are
+not normalised here: see inference/images.py.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling.data import shapes, sources
+from modeling.reliability.errors import ConfigError, UserError, short
+from modeling.reliability.files import locked, replacing_folder, state_root
+from modeling.reliability.signals import poll
+from modeling.settings import Config, DataConfig, own_keys
+
+log = logging.getLogger(__name__)
+
+
+class LabelledImages(NamedTuple):
+    """A split as the model sees it: uint8 [N, C, H, W] and int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def first(self, count: int | None) -> "LabelledImages":
+        """The first `count`; None: all."""
+        return LabelledImages(self.images[:count], self.labels[:count])
+
+
+class Prepared:
+    """A prepared folder; UserError if it is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.meta: dict[str, Any] = json.loads((folder / "data.json").read_text())
+            missing = {"classes", "shape", "sha256"} - {*self.meta}
+            if missing:
+                raise ValueError(f"data.json does not say {', '.join(sorted(missing))}")
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"no prepared data in {folder} ({error}): run stage=prepare first") from None
+        self.classes: list[str] = self.meta["classes"]
+        self.shape: list[int] = self.meta["shape"]  # (H, W, C) of one image
+        self.sha256: dict[str, str] = self.meta["sha256"]
+
+    @cached_property
+    def train(self) -> LabelledImages:
+        """The images to train on, memory-mapped; UserError unless their SHA-256 is that of data.json."""
+        return self._load("train")
+
+    @cached_property
+    def test(self) -> LabelledImages:
+        """The images that are never trained on, as `train`."""
+        return self._load("test")
+
+    def _load(self, split: str) -> LabelledImages:
+        def load(stem: str, mmap_mode: Literal["c"] | None) -> Tensor:
+            path = self.folder / f"{stem}.npy"
+            try:
+                if _sha256(path) != self.sha256.get(stem):
+                    raise ValueError("its SHA-256 is not the one in data.json")
+                return torch.from_numpy(np.load(path, mmap_mode))
+            except (AttributeError, EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"{path} is damaged ({short(error)}): run stage=prepare again") from None
+
+        # "c" maps copy-on-write: the tensor may be written to, the file never is.
+        return LabelledImages(load(split, "c").permute(0, 3, 1, 2), load(f"{split}_labels", None))
+
+
+def write_prepared(target: Path, source: sources.Source, made_from: dict[str, Any]) -> Prepared:
+    """Writes a prepared folder whole or not at all, else raises UserError. One process at a time.
+
+    Args:
+        made_from: the settings of the source.
+    """
+    train, test, classes = source
+    meta: dict[str, Any] = {"source": made_from, "classes": list(classes), "shape": list(train[0].shape[1:])}
+    meta["sha256"] = {}
+    with replacing_folder(target) as partial:
+        for name, (images, labels) in (("train", train), ("test", test)):
+            meta[f"num_{name}"] = len(images)
+            for stem, array in ((name, images), (f"{name}_labels", labels)):
+                poll()
+                np.save(partial / f"{stem}.npy", np.ascontiguousarray(array))
+                meta["sha256"][stem] = _sha256(partial / f"{stem}.npy")
+        (partial / "data.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return Prepared(target)
+
+
+def prepared_folder(config: Config, data: DataConfig) -> Path:
+    """Where the prepared arrays are: under `out_dir` if that is set, else in a cache keyed by their source."""
+    if config.out_dir is not None:
+        return Path(config.out_dir) / "data" / data.name
+    files = sorted(p for p in Path(own_keys(data).get("path", "/nowhere")).rglob("*") if p.is_file())
+    key = asdict(data) | {"files": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
+    key["code"] = [Path(str(module.__file__)).read_text() for module in (shapes, sources)]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return state_root() / "runs" / "data" / f"{data.name}-{digest}"
+
+
+def prepare(config: Config, data: DataConfig, again: bool) -> Prepared:
+    """The prepared folder of `data`, made if it is missing or if it is to be made `again`.
+
+    A second process waits for the first.
+    """
+    target = prepared_folder(config, data)
+    with locked(target.with_name(f".{target.name}.lock"), wait=True):
+        if again or not (target / "data.json").exists():
+            prepared = write_prepared(target, sources.SOURCES[data.name](**own_keys(data)), asdict(data))
+            counts, size = prepared.meta, " x ".join(map(str, prepared.shape))
+            log.info(
+                "data: %s, %d + %d images of %s, in %s",
+                data.name,
+                counts["num_train"],
+                counts["num_test"],
+                size,
+                target,
+            )
+        return Prepared(target)
+
+
+def ensure_prepared(config: Config, data: DataConfig) -> Prepared:
+    """The prepared folder of `data`; a plain run makes it if it is missing, a run with an `out_dir` must have it.
+
+    Raises:
+        UserError: it is missing, or cannot be made.
+        ConfigError: it was made with other settings.
+    """
+    target = prepared_folder(config, data)
+    if config.out_dir is None and not (target / "data.json").exists():
+        return prepare(config, data, again=False)
+    prepared = Prepared(target)
+    made_from = prepared.meta.get("source")
+    for key, value in asdict(data).items():
+        if isinstance(made_from, dict) and made_from.get(key, value) != value:
+            raise ConfigError(
+                f"data.{key}={value}: {target} was made with {key}={made_from[key]}: run stage=prepare again"
+            )
+    return prepared
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""`shapes`: an embedded, synthetic data set of ten coloured shapes, drawn from a seed; it needs no download.
+
+Image k depends on (seed, split, k) alone. Shapes are anti-aliased regions given by signed distance functions on a
+dark background; each class has its own colour, and position, size and brightness vary.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from modeling.reliability.signals import poll
+
+Array = npt.NDArray[np.float64]
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "circle": (0.95, 0.20, 0.20),
+    "square": (0.20, 0.45, 0.95),
+    "triangle": (0.20, 0.80, 0.30),
+    "ring": (0.95, 0.85, 0.15),
+    "plus": (0.80, 0.30, 0.90),
+    "diamond": (0.15, 0.85, 0.85),
+    "frame": (0.95, 0.55, 0.10),
+    "cross": (0.95, 0.55, 0.75),
+    "moon": (0.92, 0.92, 0.92),
+    "bars": (0.60, 0.42, 0.25),
+}
+CLASSES = tuple(COLOURS)
+
+
+def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+# Signed distance, negative inside; x and y in units of the shape's radius, y downwards.
+REGIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "circle": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: _box(x, y, 0.85, 0.85),
+    "triangle": lambda x, y: np.maximum(y - 0.75, 0.87 * np.abs(x) - 0.5 * y - 0.5),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.22,
+    "plus": lambda x, y: np.minimum(_box(x, y, 1.0, 0.28), _box(x, y, 0.28, 1.0)),
+    "diamond": lambda x, y: (np.abs(x) + np.abs(y) - 1.1) / np.sqrt(2),
+    "frame": lambda x, y: np.abs(_box(x, y, 0.7, 0.7)) - 0.18,
+    "cross": lambda x, y: REGIONS["plus"]((x + y) / np.sqrt(2), (x - y) / np.sqrt(2)),
+    "moon": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.45, y + 0.2)),
+    "bars": lambda x, y: np.minimum(_box(x, y - 0.6, 1.0, 0.27), _box(x, y + 0.6, 1.0, 0.27)),
+}
+
+
+def draw_shapes(
+    count: int, image_size: int, seed: int, split: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Draws `count` images, the classes in turn.
+
+    Args:
+        count: N.
+        image_size: H = W, in pixels.
+        seed: of the data set.
+        split: 0 for the training images, 1 for the test images; the two never share a random number.
+
+    Returns:
+        uint8 [N, H, W, 3] and int64 [N], the indices into CLASSES.
+    """
+    images = np.empty((count, image_size, image_size, 3), np.uint8)
+    labels = np.arange(count) % len(CLASSES)
+    pixels = np.arange(image_size) + 0.5
+    for k in range(count):
+        poll()
+        rng = np.random.default_rng([seed, split, k])
+        radius = image_size * rng.uniform(0.22, 0.36)
+        centre_x, centre_y = rng.uniform(radius + 1, image_size - radius - 1, 2)
+        name = CLASSES[labels[k]]
+        x, y = np.meshgrid((pixels - centre_x) / radius, (pixels - centre_y) / radius)
+        coverage = np.clip(0.5 - REGIONS[name](x, y) * radius, 0, 1)[..., None]
+        colour = np.array(COLOURS[name]) * rng.uniform(0.85, 1.0)
+        background = rng.uniform(0.05, 0.15)
+        images[k] = np.round(255 * (coverage * colour + (1 - coverage) * background))
+    return images, labels.astype(np.int64)

@@ -1,0 +1,123 @@
+"""Data sources: CIFAR-10, a folder of a user's own images, and the embedded shapes.
+
+Each returns the training and the test split as uint8 [N, H, W, C] and int64 labels [N], and the names of the classes.
+To add a source: docs/extending.md.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from modeling.data.shapes import CLASSES, draw_shapes
+from modeling.reliability.errors import Stopped, UserError, short
+from modeling.reliability.files import locked, state_root
+from modeling.reliability.signals import poll, stopped_at_once
+
+Uint8 = npt.NDArray[np.uint8]
+Split = tuple[Uint8, npt.NDArray[np.int64]]
+Source = tuple[Split, Split, Sequence[str]]
+
+MAX_PIXELS = 1 << 24  # of one image, 4096 x 4096: a small file that unpacks to more is taken for an attack
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def raw_cifar10() -> Path:
+    """The folder of CIFAR-10's own files."""
+    return Path(os.environ.get("CIFAR10_ROOT") or state_root() / "data" / "raw")
+
+
+def cifar10() -> Source:
+    """CIFAR-10 from raw_cifar10(), downloaded there if it is missing; torchvision checks the MD5 of the files.
+
+    Raises:
+        UserError: no complete copy and no network.
+    """
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    root = raw_cifar10()
+
+    def load(train: bool, download: bool) -> tuple[Split, list[str]]:
+        dataset = CIFAR10(str(root), train=train, download=download)
+        return (np.asarray(dataset.data), np.asarray(dataset.targets, np.int64)), list(dataset.classes)
+
+    try:
+        train, classes = load(True, False)
+    except RuntimeError:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / ".lock", wait=True), stopped_at_once():  # one download, which can be stopped
+                train, classes = load(True, True)
+        except Stopped:
+            raise
+        except (OSError, RuntimeError, UserError) as error:
+            files = {root / CIFAR10.base_folder / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
+            bad = [path.name for path, md5 in files.items() if path.exists() and not check_integrity(path, md5)]
+            damaged = f" ({', '.join(bad)}: wrong MD5)" if bad else ""
+            raise UserError(
+                f"no complete CIFAR-10 in {root}{damaged}, and it could not be downloaded ({error}): set CIFAR10_ROOT "
+                "to the folder that holds cifar-10-batches-py or cifar-10-python.tar.gz, or use data=shapes, which "
+                "needs none"
+            ) from None
+    return train, load(False, False)[0], classes
+
+
+def folder(path: str, test_fraction: float) -> Source:
+    """A user's own images of one size; sub-folders, if any, are the classes.
+
+    A share `test_fraction` of the images, chosen at random, is set aside for testing.
+
+    Raises:
+        UserError: no images, an unreadable file, mixed sizes, or too few images for both splits.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"data.path={path}: no such folder")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise UserError(f"no images in {path}: it must hold files that end in {', '.join(IMAGE_SUFFIXES)}")
+    images = [_read_image(file) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            raise UserError(
+                f"{file} is {image.shape[1]} x {image.shape[0]} pixels, {files[0]} is {images[0].shape[1]} x "
+                f"{images[0].shape[0]}: all images must have one size"
+            )
+    names = [str(f.parent.relative_to(root)) for f in files]
+    classes = sorted({*names})
+    labels = np.array([classes.index(name) for name in names], np.int64)
+    order = np.random.default_rng(0).permutation(len(files))
+    num_test = max(1, round(test_fraction * len(files)))
+    if num_test >= len(files):
+        raise UserError(f"{path} holds {len(files)} images: too few to set {num_test} aside for testing")
+    stacked = np.stack(images)
+    test, train = order[:num_test], order[num_test:]  # shuffled: the first test images are of all classes
+    return (stacked[train], labels[train]), (stacked[test], labels[test]), classes
+
+
+def _read_image(file: Path) -> Uint8:
+    poll()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about the files
+            with Image.open(file) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"it has {width} x {height} pixels, allowed are {MAX_PIXELS} in all")
+                return np.asarray(image.convert("RGB"))
+    except Exception as error:  # what a decoder of hostile bytes raises is a long list, and none of it is our bug
+        raise UserError(f"{file} cannot be read as an image: {short(error)}") from None
+
+
+def shapes(num_train: int, num_test: int, image_size: int, seed: int) -> Source:
+    """The embedded synthetic data set, see shapes.py."""
+    return draw_shapes(num_train, image_size, seed, split=0), draw_shapes(num_test, image_size, seed, split=1), CLASSES
+
+
+# By the name in the configuration; a source's own keys are its keywords.
+SOURCES: dict[str, Callable[..., Source]] = {"cifar10": cifar10, "folder": folder, "shapes": shapes}

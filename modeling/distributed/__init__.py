@@ -1,0 +1,1 @@
+"""Several processes: who starts them, how they find each other, and what they exchange."""

@@ -1,0 +1,204 @@
+"""FID, KID, Inception Score, precision and recall, by torch-fidelity: its Inception, ported from TensorFlow.
+
+Samples and reference are uint8 images; the reference is every training image, not flipped. Heusel et al. 2017,
+Binkowski et al. 2018, Salimans et al. 2016, Kynkaanniemi et al. 2019. The features of the reference are computed once
+and cached by (data, extractor); samples are kept as they are drawn, so that an evaluation that was stopped resumes.
+FID of few samples is biased: below MIN_SAMPLES its name ends in their number. Every process must call the functions
+that draw samples or compute features.
+"""
+
+import hashlib
+import logging
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+from modeling.distributed.collectives import from_first, is_first, sharded
+from modeling.reliability.errors import UserError, short
+from modeling.reliability.files import replacing
+from modeling.reliability.signals import poll, stopped_at_once
+
+log = logging.getLogger(__name__)
+MIN_SAMPLES = 10_000
+KID_SUBSET = 1000
+FEATURES = [2048, 1008]  # of the pool and of the logits
+FIDELITY = "inception", ["2048", "logits_unbiased"]  # torch-fidelity's names for them
+NEIGHBOURS = 3  # of precision and recall
+
+
+class Unavailable(UserError):
+    """The Inception weights cannot be downloaded; the message says why and what to do."""
+
+
+class Inception:
+    """The feature extractor.
+
+    Args:
+        network: maps uint8 [N, 3, H, W] to pool features and logits, see FEATURES.
+        sha256: of the file with its weights.
+    """
+
+    def __init__(self, network: nn.Module, sha256: str, device: torch.device) -> None:
+        self.network = network.to(device)
+        self.sha256 = sha256
+        self.device = device
+
+    @torch.no_grad()
+    def features(self, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Pool features [N, 2048] and unbiased logits [N, 1008], float32 on the CPU.
+
+        `images` are batches of uint8 [B, C, H, W]; C = 3, or 1, which is repeated.
+        """
+
+        def run(batch: Tensor, rows: range) -> Tensor:
+            poll()
+            if not rows:
+                return torch.empty(0, sum(FEATURES))
+            rgb = batch[rows.start : rows.stop].to(self.device).expand(-1, 3, -1, -1)
+            return torch.cat([part.float().cpu() for part in self.network(rgb)], dim=1)
+
+        parts = [sharded(len(batch), partial(run, batch)) for batch in images]
+        pool, logits = torch.split(torch.cat(parts), FEATURES, dim=1)
+        return pool.contiguous(), logits.contiguous()
+
+
+def load_inception(weights: str | None, sha256: str, device: torch.device) -> Inception:
+    """The feature extractor with the weights of a file.
+
+    Args:
+        weights: a local file, or None: the published file, downloaded on first use.
+        sha256: the SHA-256 of the file, or its beginning.
+
+    Raises:
+        Unavailable: no network.
+        UserError: the local file is missing, or is not the one that `sha256` names.
+    """
+    path = download(sha256) if weights is None else Path(weights)
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(sha256):
+            raise UserError(f"evaluation.inception_weights={path}: SHA-256 {found[:12]}..., not {sha256}...")
+        # torch-fidelity would unpickle whatever is in the file, so it gets a copy of the tensors alone.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with tempfile.NamedTemporaryFile(suffix=".pth") as clean:
+            torch.save(dict(state), clean.name)
+            network = FeatureExtractorInceptionV3(*FIDELITY, feature_extractor_weights_path=clean.name)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"evaluation.inception_weights={path} cannot be read: {short(error)}") from None
+    return Inception(network, found, device)
+
+
+def download(sha256: str) -> Path:
+    """The published weights in PyTorch's cache folder, downloaded by the first process; else Unavailable in all."""
+    path, reason = from_first(lambda: _download(sha256))
+    if reason:
+        raise Unavailable(reason)
+    return Path(path)
+
+
+def _download(sha256: str) -> tuple[str, str]:
+    """The file, or why there is none."""
+    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with stopped_at_once():
+                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
+        except (OSError, RuntimeError) as error:
+            return "", (
+                f"the Inception weights could not be downloaded ({short(error)}): put {path.name} of torch-fidelity "
+                f"into {path.parent}, or name the file: evaluation.inception_weights=<file>"
+            )
+    return str(path), ""
+
+
+def reference_features(inception: Inception, images: Tensor, data_sha256: str, folder: Path, batch_size: int) -> Tensor:
+    """Pool features of the training images [N, 2048], computed once and kept in `folder`.
+
+    The processes but the first may get none.
+    """
+    key = hashlib.sha256(f"{data_sha256} train {inception.sha256}".encode()).hexdigest()[:16]
+    path = folder / f"{key}.npy"
+    known = torch.empty(0)
+    if is_first() and path.exists():
+        try:
+            known = torch.from_numpy(np.load(path))
+        except (OSError, ValueError, EOFError) as error:
+            log.warning("%s is damaged (%s): computing it again", path, error)
+    if from_first(lambda: len(known) > 0):
+        return known
+    log.info("features of %d training images, once: %s", len(images), path)
+    pool, _ = inception.features(torch.split(images, batch_size))
+    if is_first():
+        _save(path, pool)
+    return pool
+
+
+def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
+    """Samples 0 to count - 1 in batches of `shard`, uint8 [B, C, H, W]: read from `folder`, or drawn and kept there.
+
+    Args:
+        folder: one for each (weights, sampler): nothing in it is checked against them.
+        draw: returns the samples of a range of indices.
+    """
+    for start in range(0, count, shard):
+        indices = range(start, min(start + shard, count))
+        path = folder / f"{indices.start:07}-{indices.stop:07}.npy"
+        images = from_first(partial(_read, path))
+        if images is None:
+            images = draw(indices)
+            if is_first():
+                _save(path, images)
+        yield images
+
+
+def _save(path: Path, tensor: Tensor) -> None:
+    with replacing(path) as partial_path, partial_path.open("wb") as file:
+        np.save(file, tensor.numpy())
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        return torch.from_numpy(np.load(path))
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """FID (Heusel et al. 2017, equation 6) between two sets of features [N, D] and [M, D], in float64."""
+    statistics = [fid_features_to_statistics(f.double()) for f in (features, reference)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str, float]:
+    """All metrics of samples with pool features [N, D] and logits [N, K] against a reference [M, D].
+
+    Below MIN_SAMPLES samples each name ends in their number: fid_5000 is not called FID.
+    """
+    n = len(pool)
+    subset = min(KID_SUBSET, n, len(reference))
+    with stopped_at_once():  # minutes for 50,000 samples
+        kid = kid_features_to_metric(pool, reference, kid_subset_size=subset, verbose=False)
+        score = isc_features_to_metric(logits)
+        near = prc_features_to_metric(pool, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+        found = {
+            "fid": frechet_distance(pool, reference),
+            "kid": kid[KEY_METRIC_KID_MEAN],
+            "kid_std": kid[KEY_METRIC_KID_STD],
+            "inception_score": score[KEY_METRIC_ISC_MEAN],
+            "inception_score_std": score[KEY_METRIC_ISC_STD],
+            "precision": near[KEY_METRIC_PRECISION],
+            "recall": near[KEY_METRIC_RECALL],
+        }
+    return found if n >= MIN_SAMPLES else {f"{name}_{n}": value for name, value in found.items()}

@@ -1,0 +1,138 @@
+"""Where to compute and in which precision: chosen once, for training, sampling and evaluation."""
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from modeling.reliability.errors import ConfigError
+
+log = logging.getLogger(__name__)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+PLACE_AT_MOST = 2**30  # bytes of a data set that a CPU run copies to memory; a larger one stays in its file
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; from CPU to CUDA without waiting for the device."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device, and whether its networks run under bf16 autocast."""
+
+    device: torch.device
+    bf16: bool
+
+    def autocast(self) -> torch.autocast:
+        """The context in which a network runs."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A fresh generator on the device."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """Seeds PyTorch's default generator of the device.
+
+        torch.manual_seed also seeds every other backend and inspects the call stack each time.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    def place(self, images: Tensor) -> Tensor:
+        """The data set on the device, unless it needs more than half of its free memory.
+
+        On a CPU: in memory and channel by channel, from which a batch is drawn in two thirds of the time.
+        """
+        cuda = self.device.type == "cuda"
+        if cuda and images.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2:
+            return images.to(self.device)
+        if not cuda and images.nbytes <= PLACE_AT_MOST:
+            return images.contiguous()
+        return images
+
+    def place_model(self, model: Module) -> Module:
+        """The model on the device: channels-last for tensor cores.
+
+        A CPU is not faster with that layout: what convolutions gain, GroupNorm loses.
+        """
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        return model.to(self.device).to(memory_format=layout)
+
+    def compiled(self, function: Callable[..., Tensor], wanted: bool | None) -> Callable[..., Tensor]:
+        """A module on the device, or a method of one, with its forward and backward pass compiled if that is wanted.
+
+        The result shares its weights. Rounding differs, and dropout draws other numbers. None: on CUDA only.
+        """
+        if wanted is False or (wanted is None and self.device.type != "cuda"):
+            return function
+        log.info("compiling the network: its first call takes a minute or more")
+        # One size each: for sizes that vary, the compiler gives up the memory layout of convolutions.
+        compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+        return compiled
+
+    def describe(self) -> str:
+        """For people: the device and the precision."""
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        return f"{name}, {'bf16 autocast' if self.bf16 else 'float32'}"
+
+
+def choose_compute(device: str, precision: str, deterministic: bool = False) -> Compute:
+    """Resolves `auto`: CUDA where there is one; bf16 where the hardware computes in it.
+
+    Args:
+        device: auto, cpu or cuda; ConfigError if it is not there.
+        precision: auto, bf16 or fp32; ConfigError if the device does not have it.
+        deterministic: for the rest of this process, the same bits each time on CUDA too, which is slower; if not, cuDNN
+            searches for its fastest kernels. A CPU gives the same bits in any case.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")
+    # "cuda" is the current device; each of several processes has made another one current: see rendezvous.py.
+    chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    torch.use_deterministic_algorithms(deterministic)
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # else it fills new tensors, which takes time
+    if chosen.type == "cuda":
+        # PyTorch prefers it on Hopper for heads as wide as the paper's, 256, where gradients of NaN have been reported.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+        torch.backends.cudnn.benchmark = not deterministic
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bf16" and not has_bf16:
+            raise ConfigError("precision=bf16: this CUDA device has none; allowed are auto, fp32")
+    else:
+        # An older PyTorch cannot report what the CPU has; float32 is always right.
+        probe: Any = getattr(torch.cpu, "get_capabilities", dict)
+        capabilities = probe()
+        _keep_freed_memory()
+        has_bf16 = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return Compute(chosen, precision == "bf16" or (precision == "auto" and has_bf16))
+
+
+def _keep_freed_memory() -> None:
+    """For the rest of this process, glibc keeps freed blocks of up to a gigabyte.
+
+    By default it returns them to the system, and the next step takes as many again: clearing their pages each time was
+    5 % of a step of the paper's network on two cores, and 8 % of the small one's (docs/speed.md).
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(M_MMAP_THRESHOLD, 2**30)

@@ -1,0 +1,62 @@
+"""The one conversion between stored images (uint8, 0 to 255) and the model's ([-1, 1]), and grids of images.
+
+Training, evaluation and every picture use these functions and no other constants.
+"""
+
+import io
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modeling.reliability.files import write_atomic
+
+
+def to_model(images: Tensor) -> Tensor:
+    """uint8 images, any shape, to float32 in [-1, 1]: 0 is -1, 255 is 1."""
+    return images.to(torch.float32, copy=True).div_(127.5).sub_(1)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """The inverse: [-1, 1] to uint8, rounded to the nearest and clipped at both ends."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def image_grid(images: Tensor, rows: int | None = None, padding: int = 2) -> Tensor:
+    """Tiles uint8 images [N, C, H, W], C = 1 or 3, on white: uint8 [H', W', C].
+
+    Args:
+        rows: their number, filled column by column; by default as square as N allows, filled row by row.
+        padding: white pixels around each image.
+    """
+    n, c, height, width = images.shape
+    by_column = rows is not None
+    columns = math.ceil(n / rows) if rows else math.ceil(math.sqrt(n))
+    rows = rows or math.ceil(n / columns)
+    shape = (c, rows * (height + padding) + padding, columns * (width + padding) + padding)
+    grid = torch.full(shape, 255, dtype=torch.uint8)
+    for k, image in enumerate(images.cpu()):
+        row, column = (k % rows, k // rows) if by_column else divmod(k, columns)
+        top, left = row * (height + padding) + padding, column * (width + padding) + padding
+        grid[:, top : top + height, left : left + width] = image
+    return grid.permute(1, 2, 0).contiguous()
+
+
+def sample_grid(images: Tensor, num_classes: int) -> Tensor:
+    """Samples 0 to N - 1, uint8 [N, C, H, W], as one picture; with one row a class for a class-conditional model."""
+    return image_grid(images, rows=min(num_classes, len(images)) or None)
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """Writes uint8 [H, W, C] (C = 1 or 3) as a PNG, else raises UserError."""
+    write_atomic(path, png_bytes(image))
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """uint8 [H, W, C] (C = 1 or 3) as the content of a PNG."""
+    array = image.cpu().numpy()
+    content = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(content, format="PNG")
+    return content.getvalue()

@@ -1,0 +1,74 @@
+"""Sets of samples: which labels, which noise, in which batches. Sample k is a function of (seed, k) alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modeling.diffusion.model import DiffusionModel, Prediction
+from modeling.diffusion.samplers import SAMPLERS, timestep_subsequence
+from modeling.distributed.collectives import sharded_batches
+from modeling.inference.device import Compute
+from modeling.inference.images import to_uint8
+from modeling.reliability.signals import poll
+from modeling.settings import SamplerConfig, own_keys
+
+
+class SampleNoise:
+    """Noise for which sample k depends on (seed, k) alone: neither batch size nor process count changes a picture.
+
+    Args:
+        seed: of the whole set of samples.
+        indices: the k of each sample in this batch.
+        shape: (C, H, W) of one sample.
+        device: where the noise is drawn.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> None:
+        self.shape = tuple(shape)
+        self.device = torch.device(device)
+        # Mixed by hand, since consecutive seeds of one generator must not meet those of the next seed.
+        self.generators = [
+            torch.Generator(self.device).manual_seed((seed * 0x9E3779B97F4A7C15 + k) % 2**63) for k in indices
+        ]
+
+    def __call__(self) -> Tensor:
+        """[N, C, H, W], the next draw of every sample."""
+        return torch.stack([torch.randn(self.shape, generator=g, device=self.device) for g in self.generators])
+
+
+def draw_samples(
+    model: DiffusionModel,
+    sampler: SamplerConfig,
+    indices: Sequence[int],
+    shape: Sequence[int],
+    compute: Compute,
+    label: int | None = None,
+) -> Tensor:
+    """Samples number `indices`, uint8 [N, C, H, W] on the CPU. All processes must call this; each draws a share.
+
+    Args:
+        model: in eval mode, on the device.
+        shape: (C, H, W) of one sample.
+        label: of all samples of a class-conditional model; None: sample k is of class k modulo their number.
+    """
+    timesteps = timestep_subsequence(model.schedule.num_timesteps, sampler.steps)
+    device = compute.device
+
+    def draw(rows: range) -> Tensor:
+        batch = [indices[k] for k in rows]
+        noise = SampleNoise(sampler.seed, batch, shape, device)
+        y = None
+        if model.num_classes:
+            y = torch.tensor([k % model.num_classes if label is None else label for k in batch], device=device)
+
+        def predict(x_t: Tensor, t: Tensor) -> Prediction:
+            poll()
+            return model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
+
+        sample = SAMPLERS[sampler.name]
+        with compute.autocast():
+            x_0 = sample(predict, noise(), timesteps, model.schedule.alphas_cumprod, noise, **own_keys(sampler))
+        return to_uint8(x_0).cpu()
+
+    return sharded_batches(len(indices), sampler.batch_size, draw, torch.empty(0, *shape, dtype=torch.uint8))

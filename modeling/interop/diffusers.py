@@ -1,0 +1,225 @@
+"""Reads and writes models in the folder format of the diffusers library (its DDPMPipeline), without importing it.
+
+A folder holds unet/ (config.json and weights of a UNet2DModel) and scheduler/; the flat layout of the first published
+models, such as google/ddpm-cifar10-32, is read too. What the format cannot express is refused by name. A schedule that
+diffusers does not know is written, and read, as its betas.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from modeling.diffusion.unet import NORM_EPS
+from modeling.interop.weight_names import from_diffusers, to_diffusers
+from modeling.reliability.errors import ConfigError, UserError, out_of_memory, short
+from modeling.reliability.files import write_atomic
+
+log = logging.getLogger(__name__)
+VERSION = "0.42.1"  # of the library that the tests compare with
+# Our network in the terms of UNet2DModel, and the library's own default of each.
+FIXED: dict[str, tuple[Any, Any]] = {
+    "center_input_sample": (False, False),
+    "time_embedding_type": ("positional", "positional"),
+    "freq_shift": (1, 0),
+    "flip_sin_to_cos": (False, True),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
+    "mid_block_scale_factor": (1, 1),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "conv"),
+    "upsample_type": ("conv", "conv"),
+    "act_fn": ("silu", "silu"),
+    "norm_eps": (NORM_EPS, 1e-5),
+    "attn_norm_num_groups": (None, None),
+    "resnet_time_scale_shift": ("default", "default"),
+    "add_attention": (True, True),
+    "class_embed_type": (None, None),
+    "num_class_embeds": (None, None),
+}
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # the same formulas; its "sigmoid" is another
+VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
+
+
+def load_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata of a folder, as load_model returns them for a published model.
+
+    Raises:
+        UserError: something is missing, damaged, or cannot be expressed; the message names it.
+    """
+    unet, scheduler = folder / "unet", folder / "scheduler"
+    network = _read_json((unet if unet.is_dir() else folder) / "config.json")
+    process = _read_json((scheduler if scheduler.is_dir() else folder) / "scheduler_config.json")
+    for key, (needed, default) in FIXED.items():
+        if network.get(key, default) != needed:
+            raise UserError(f"{folder}: {key}={network.get(key, default)} in config.json; only {needed} can be read")
+    model, image_shape = _model_config(network, folder)
+    diffusion = _diffusion_config(process, folder)
+    weights, digest = _read_weights(unet if unet.is_dir() else folder)
+    ours = from_diffusers(weights, len(model["channel_mult"]), model["num_res_blocks"])
+    return {f"network.{name}": tensor for name, tensor in ours.items()}, {
+        "config": {"model": model, "diffusion": diffusion},
+        "image_shape": image_shape,
+        "classes": [],
+        "run": f"diffusers-{digest[:12]}",
+        "steps": 0,
+    }
+
+
+def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[int]]:
+    try:
+        size, widths, kinds = c["sample_size"], c["block_out_channels"], c["down_block_types"]
+        height, width = size if isinstance(size, list) else (size, size)
+        attends = [{"AttnDownBlock2D": True, "DownBlock2D": False}[kind] for kind in kinds]
+        if [kind.replace("Up", "Down") for kind in reversed(c["up_block_types"])] != kinds:
+            raise UserError(f"{folder}: up_block_types do not mirror down_block_types; this cannot be read")
+        head_dim = c.get("attention_head_dim", 8)
+        attended = [widths[-1], *(w for w, attend in zip(widths, attends, strict=True) if attend)]
+        heads = {w // head_dim if head_dim else 1 for w in attended}
+        if len(heads) > 1:
+            raise UserError(f"{folder}: attention_head_dim={head_dim} gives each resolution another number of heads")
+        return {
+            "name": "diffusers",
+            "model_channels": widths[0],
+            "channel_mult": [w // widths[0] for w in widths],
+            "num_res_blocks": c.get("layers_per_block", 2),
+            "attention_resolutions": [height >> level for level, attend in enumerate(attends) if attend],
+            "num_heads": heads.pop(),
+            "dropout": c.get("dropout", 0.0),
+            "norm_groups": c.get("norm_num_groups", 32),
+            "class_conditional": False,
+            "weights": None,
+        }, [height, width, c["in_channels"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: config.json is not of a UNet2DModel that can be read ({error!r})") from None
+
+
+def _diffusion_config(c: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    def ours(table: Mapping[str, str], key: str, default: str) -> str:
+        value = c.get(key, default)
+        for name, theirs in table.items():
+            if theirs == value:
+                return name
+        raise UserError(f"{folder}: {key}={value} in scheduler_config.json; allowed are {', '.join(table.values())}")
+
+    for key in ("rescale_betas_zero_snr", "thresholding"):
+        if c.get(key, False):
+            raise UserError(f"{folder}: {key}={str(c[key])[:40]} in scheduler_config.json cannot be read")
+    if not c.get("clip_sample", True):
+        log.warning("%s: its scheduler does not clip x_0: sampler.clip_denoised=false does the same", folder)
+    betas = c.get("trained_betas")
+    config: dict[str, Any] = {
+        "schedule": ours(SCHEDULES, "beta_schedule", "linear") if betas is None else "tabulated",
+        "num_timesteps": c.get("num_train_timesteps", 1000) if betas is None else len(betas),
+        "prediction_type": c.get("prediction_type", "epsilon"),
+        "variance": ours(VARIANCES, "variance_type", "fixed_small"),
+        "min_snr_gamma": None,
+    }
+    if betas is not None:
+        config["betas"] = betas
+    if config["schedule"] == "linear":
+        config |= {"beta_start": c.get("beta_start", 1e-4), "beta_end": c.get("beta_end", 0.02)}
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return found
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
+    stem = folder / "diffusion_pytorch_model"
+    for suffix in (".safetensors", ".bin"):
+        path = stem.with_name(stem.name + suffix)
+        if not path.exists():
+            continue
+        try:
+            content = path.read_bytes()
+            # weights_only: tensors and plain types; nothing in the file can run.
+            read = load_safetensors(content) if suffix == ".safetensors" else torch.load(path, weights_only=True)
+        except Exception as error:  # what a parser of hostile bytes raises is a long list, and none of it is our bug
+            if out_of_memory(error):
+                raise
+            raise UserError(f"model {path} is damaged: {short(error)}") from None
+        return read, hashlib.sha256(content).hexdigest()
+    raise UserError(f"no diffusion_pytorch_model.safetensors in {folder}")
+
+
+def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, meta: Mapping[str, Any]) -> None:
+    """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads.
+
+    Args:
+        weights: of our UNet.
+        betas: float64 [T], of the model's schedule.
+        meta: as load_model returns it.
+
+    Raises:
+        ConfigError: the pipeline cannot express the model.
+        UserError: the folder cannot be written.
+    """
+    m, d = meta["config"]["model"], meta["config"]["diffusion"]
+    height, width, channels = meta["image_shape"]
+    if m.get("class_conditional"):
+        raise ConfigError("stage=export: the model is class-conditional, and DDPMPipeline knows no labels")
+    widths = [mult * m["model_channels"] for mult in m["channel_mult"]]
+    attends = [height >> level in m["attention_resolutions"] for level in range(len(widths))]
+    head_dims = {w // m["num_heads"] for w, attend in zip(widths, attends, strict=True) if attend}
+    head_dims.add(widths[-1] // m["num_heads"])
+    if m["num_heads"] > 1 and len(head_dims) > 1:
+        raise ConfigError(f"stage=export: {m['num_heads']} heads at attended resolutions of different widths")
+    kinds = ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends]
+    learned = d["variance"] == "learned"
+    network = {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels,
+        "out_channels": 2 * channels if learned else channels,
+        "block_out_channels": widths,
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+        "layers_per_block": m["num_res_blocks"],
+        "attention_head_dim": None if m["num_heads"] == 1 else head_dims.pop(),
+        "dropout": m["dropout"],
+        "norm_num_groups": m["norm_groups"],
+    }
+    network |= {key: needed for key, (needed, _) in FIXED.items()}
+    process = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": d["num_timesteps"],
+        "beta_schedule": SCHEDULES.get(d["schedule"], "linear"),  # ignored beside trained_betas
+        "prediction_type": d["prediction_type"],
+        "variance_type": VARIANCES[d["variance"]],
+        "clip_sample": True,
+    }
+    if d["schedule"] == "linear":
+        process |= {"beta_start": d["beta_start"], "beta_end": d["beta_end"]}
+    if d["schedule"] not in SCHEDULES:
+        process["trained_betas"] = betas.tolist()
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": VERSION,
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    named = to_diffusers(weights, len(widths), m["num_res_blocks"])
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    write_atomic(folder / "unet/diffusion_pytorch_model.safetensors", safetensors_bytes(tensors, {"format": "pt"}))
+    for name, content in (
+        ("unet/config.json", network),
+        ("scheduler/scheduler_config.json", process),
+        ("model_index.json", index),
+    ):
+        write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,158 @@
+"""Atomic files and folders: a reader finds the old content or the new, never a part. Also locks between processes."""
+
+import fcntl
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from modeling.reliability.errors import UserError, out_of_memory
+from modeling.reliability.signals import poll
+
+STALE = 3600.0  # seconds without a change after which a partial file must stem from a killed process
+
+
+def state_root() -> Path:
+    """The main repository's root, where state survives DVC: $DVC_ROOT in a DVC run, which may work in a copy."""
+    return Path(os.environ.get("DVC_ROOT") or Path(__file__).parents[2])
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; flushed to disk and renamed at the end, or removed if anything fails.
+
+    Raises:
+        UserError: the file cannot be written; the old content is intact.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_partial(path.parent, f".{path.name}.*", STALE)
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+        _flush(path.parent)  # else the rename itself may be lost with the power
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if out_of_memory(error):
+            raise
+        raise cannot_write(path, error) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+@contextmanager
+def replacing_folder(target: Path, owned: str = "*") -> Iterator[Path]:
+    """An empty folder beside `target` to fill, which replaces `target` at the end. One process at a time.
+
+    Args:
+        owned: glob of the files that are replaced; other files in `target` are kept.
+
+    Raises:
+        UserError: the folder cannot be written; the old content is intact.
+    """
+    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    try:
+        if old.exists() and not target.exists():  # killed between the two renames
+            old.rename(target)
+        for remnant in (partial, old):
+            shutil.rmtree(remnant, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            for other in {*target.iterdir()} - {*target.glob(owned)}:
+                other.rename(partial / other.name)
+            target.rename(old)
+        partial.rename(target)
+    except OSError as error:  # shutil.Error is one too
+        raise cannot_write(target, error) from None
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """The error to raise after a failed write."""
+    reason: object = error.strerror if isinstance(error, OSError) and error.strerror else error
+    with suppress(OSError):  # NumPy and torch do not say that it is the disk
+        if shutil.disk_usage(path.parent).free < 1 << 16:
+            reason = "no space left on the device"
+    return UserError(f"{path} cannot be written: {reason}")
+
+
+def drop_partial(folder: Path, pattern: str, older_than: float = 0.0) -> None:
+    """Removes files that a killed process left half-written, unless they changed in the last `older_than` seconds."""
+    for partial in folder.glob(pattern):
+        with suppress(OSError):  # its writer may have finished in this moment
+            if time.time() - partial.stat().st_mtime >= older_than:
+                partial.unlink()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, else raises UserError."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder and tries to write to it, so that UserError comes before the work whose result it shall hold."""
+    probe = folder / f".write-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Holds the lock file `path`; the system releases it when the process ends, however it ends.
+
+    Args:
+        path: made if it does not exist, and left in place.
+        wait: wait for the process that holds it, instead of refusing.
+
+    Raises:
+        UserError: another process holds it (the message names it), or the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab+", buffering=0)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    with file:
+        while not _try_lock(file):
+            if not wait:
+                file.seek(0)
+                owner = file.read().decode(errors="replace").strip() or "another process"
+                raise UserError(
+                    f"{owner} is working in {path.parent}: wait for its end or stop it, then run this again"
+                )
+            poll()
+            time.sleep(0.1)
+        with suppress(OSError):  # the lock holds on a full disk too; only its owner's name is lost
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

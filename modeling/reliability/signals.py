@@ -1,0 +1,96 @@
+"""SIGTERM and SIGINT as a polite request: the current work is finished or dropped, and what is done is saved.
+
+The request is one flag of the process, as signals are; loops that take long check it with `poll`. The first signal
+restores the default behaviour, so a second one ends the process at once, whatever it is waiting for. The exception is
+a worker of torchrun: its agent passes signals on a second time, and kills workers that do not end in time.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from modeling.reliability.errors import Stopped
+
+STOP_FILE = "stop"  # in the folder that a job's processes share: asks all of them to stop
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_requested = False
+_at_once = False
+_requested_elsewhere: Callable[[], bool] | None = None
+
+
+def stop_requested() -> bool:
+    """Whether a signal asked this process, or another one of its job, to stop."""
+    return _requested or (_requested_elsewhere is not None and _requested_elsewhere())
+
+
+def poll() -> None:
+    """Raises Stopped if a stop was requested. Every loop that may take seconds calls this."""
+    if stop_requested():
+        raise Stopped("stopped")
+
+
+@contextmanager
+def stop_requested_elsewhere(condition: Callable[[], bool]) -> Iterator[None]:
+    """Within the context, requests to other processes count too, as `condition` reports them."""
+    global _requested_elsewhere
+    _requested_elsewhere = condition
+    try:
+        yield
+    finally:
+        _requested_elsewhere = None
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Within the context, the first signal raises Stopped: for long calls of libraries, which contain no poll."""
+    global _at_once
+    _at_once = True
+    try:
+        poll()
+        yield
+    finally:
+        _at_once = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[None]:
+    """Within the context, the first signal is a request. Main thread only."""
+    global _requested
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        global _requested
+        again, _requested = _requested, True
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+        if _at_once and not again:
+            raise Stopped("stopped")
+
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        _requested = False
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def resume_command(typed: Sequence[str] | None = None, resume: str = "auto") -> str:
+    """The command that resumes, for people.
+
+    Args:
+        typed: a Python file and its arguments; None: those in sys.argv. A process that DVC or torchrun started was not
+            typed by the user, so the user's own command is only described.
+        resume: trainer.resume, once there is something to resume; `never` would begin at step 0 once more.
+    """
+    instead = " with trainer.resume=auto" if resume == "never" else ""
+    if "DVC_STAGE" in os.environ:
+        return "the same dvc command" + instead
+    if "MASTER_ADDR" in os.environ:
+        return "the same torchrun command" + instead
+    words = [word for word in typed or sys.argv if not (instead and word.startswith("trainer.resume="))]
+    return shlex.join(["python", *words, *instead.split()[1:]])
