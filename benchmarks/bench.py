@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import machine, report, sections, startup
 from benchmarks.measure import NOISY, Elsewhere
 from benchmarks.project import command_line
-from modeling.device import choose_compute
+from modeling.inference.device import choose_compute
 
 ROOT = Path(__file__).parent
 

@@ -9,7 +9,7 @@ import json
 from benchmarks.machine import describe
 from benchmarks.measure import Contestant, Elsewhere, rates, ratio, spread
 from benchmarks.project import Task, command_line, make_task, training
-from modeling.device import choose_compute
+from modeling.inference.device import choose_compute
 
 
 def keeping(task: Task) -> Contestant:

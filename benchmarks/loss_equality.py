@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.project import ROOT, Task, command_line, configure, make_trainer
-from modeling.data import LabelledImages, shapes
-from modeling.device import choose_compute
-from modeling.reporter import Silent
+from modeling.data.prepared import LabelledImages
+from modeling.data.sources import shapes
+from modeling.inference.device import choose_compute
+from modeling.training.trainer import Reporter
 
 RUNS = {
     "float32": ("precision=fp32", "trainer.compile=false", "seed=0"),
@@ -24,7 +25,7 @@ RUNS = {
 }
 
 
-class Recorder(Silent):
+class Recorder(Reporter):
     """Keeps the rows that are logged."""
 
     def __init__(self) -> None:

@@ -20,9 +20,9 @@ from torchvision import transforms
 
 from benchmarks.measure import Contestant
 from benchmarks.project import Task
-from modeling.diffusers_weights import to_diffusers
-from modeling.schedule import linear_betas
-from modeling.unet import Upsample
+from modeling.diffusion.schedule import linear_betas
+from modeling.diffusion.unet import Upsample
+from modeling.interop.weight_names import to_diffusers
 
 
 class PILImages(Dataset[Tensor]):

@@ -14,15 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Contestant
-from modeling.build import build_model, build_optimizer
+from modeling.build import build_model
 from modeling.config import load_config
-from modeling.data import LabelledImages, shapes
-from modeling.device import Compute, choose_compute
-from modeling.diffusion import DiffusionModel
-from modeling.errors import ConfigError, UserError
-from modeling.reporter import Reporter, Silent
+from modeling.data.prepared import LabelledImages
+from modeling.data.sources import shapes
+from modeling.diffusion.model import DiffusionModel
+from modeling.inference.device import Compute, choose_compute
+from modeling.reliability.errors import ConfigError, UserError
 from modeling.settings import Config
-from modeling.training import Trainer
+from modeling.training.optimizer import build_optimizer
+from modeling.training.trainer import Reporter, Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,7 +97,7 @@ def make_trainer(
         test or data.first(1),
         task.compute,
         folder or Path(tempfile.gettempdir()) / "no-checkpoints",
-        reporter or Silent(),
+        reporter or Reporter(),
     )
 
 

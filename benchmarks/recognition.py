@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from benchmarks.machine import describe
 from benchmarks.project import command_line, configure
-from modeling.data import load_split
-from modeling.device import choose_compute
-from modeling.drawing import draw_samples
-from modeling.errors import ConfigError
-from modeling.images import to_model
+from modeling.data.prepared import Prepared
+from modeling.inference.device import choose_compute
+from modeling.inference.images import to_model
+from modeling.inference.samples import draw_samples
+from modeling.reliability.errors import ConfigError
 from modeling.stages.prepare import ensure_prepared
-from modeling.stages.sample import trained_model
+from modeling.stages.sample import load_for
 
 BATCH = 100
 
@@ -58,11 +58,11 @@ def measure(count: int, epochs: int, overrides: list[str]) -> dict[str, Any]:
     """Accuracies on the test images and on `count` samples, in all and by class."""
     config = configure(*overrides)
     compute = choose_compute(config.device, config.precision, config.deterministic)
-    model, meta, data = trained_model(config, Path(config.out_dir or "."))
+    model, meta, data = load_for(config, Path(config.out_dir or "."))
     if not model.num_classes:
         raise ConfigError("the model is not class-conditional: train one with model.class_conditional=true")
     source = ensure_prepared(config, data)
-    train, test = load_split(source, "train"), load_split(source, "test")
+    train, test = Prepared(source, "train"), Prepared(source, "test")
     network = trained_classifier(train.images, train.labels, model.num_classes, epochs)
     height, width, channels = meta["image_shape"]
     s = config.sampler

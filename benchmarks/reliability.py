@@ -2,7 +2,7 @@
 
 `cost`: steps per second of the demo's network with checkpoints every 1,000 steps, CSV and an offline W&B run,
 as a ratio to the same steps without any of them, by turns in fresh processes. That ratio has the noise of the machine
-in it, so the time inside the guarantees is also taken within a run: what it leaves for training. `memory`: the resident
+in it, so the time inside the guarantees is also taken within a run: what it leaves for trainer. `memory`: the resident
 memory of 10,000 steps of a very small network with everything on, the first thousand against the last. Both print one
 JSON object.
 """
@@ -27,10 +27,10 @@ import torch
 from benchmarks.machine import describe
 from benchmarks.measure import ratio, spread
 from benchmarks.project import command_line, configure
-from modeling import training
-from modeling.reports import Reports
+from modeling.reporting.reports import Reports
 from modeling.stages import train
-from modeling.state import TrainingState
+from modeling.training import trainer
+from modeling.training.state import TrainingState
 
 DEFAULTS = [
     "trainer.log_every=100",
@@ -98,7 +98,7 @@ def marks(*overrides: str) -> Any:
         os.environ["DVC_ROOT"] = folder
         os.environ.pop("WANDB_MODE", None)
         train.Reports = Marked  # type: ignore[misc]  # the stage's reports, with a clock
-        training.TrainingState = Saved  # type: ignore[misc]
+        trainer.TrainingState = Saved  # type: ignore[misc]
         config = configure(*overrides)
         train.run(config, Path(folder) / "out")
     return Marked.marks[: config.trainer.steps]
@@ -107,7 +107,7 @@ def marks(*overrides: str) -> Any:
 def speed(*overrides: str) -> dict[str, float]:
     """Steps a second after the warm-up, and which share of the time rows, checkpoints and W&B's processes took.
 
-    What runs beside the training takes at most its processor time, divided by the cores; that much is counted.
+    What runs beside the trainer takes at most its processor time, divided by the cores; that much is counted.
     """
     found = marks(*DEMO, *RARELY, f"trainer.steps={WARM + STEPS + 5}", *overrides)
     seconds = found[WARM + STEPS - 1][0] - found[WARM - 1][0]

@@ -22,12 +22,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from benchmarks.machine import describe
 from benchmarks.project import ROOT, command_line, configure
-from modeling.data import LabelledImages, load_split
-from modeling.device import choose_compute
-from modeling.drawing import draw_samples
-from modeling.images import to_model
+from modeling.data.prepared import LabelledImages, Prepared
+from modeling.inference.device import choose_compute
+from modeling.inference.images import to_model
+from modeling.inference.samples import draw_samples
 from modeling.stages.prepare import ensure_prepared
-from modeling.stages.sample import trained_model
+from modeling.stages.sample import load_for
 
 CHOICES = {"ddim": (10, 20, 50, 100), "dpm_solver": (5, 10, 20), "ddpm": (50, 250, 1000)}
 SAMPLES_FROM = 1_000_000  # their seeds are of their own: no sample is one that the reports show
@@ -59,11 +59,11 @@ def compare(images: int, overrides: list[str], choices: dict[str, tuple[int, ...
     """Runs every sampler; see the head of this module."""
     config = configure(*overrides)
     compute = choose_compute(config.device, config.precision, config.deterministic)
-    model, meta, data = trained_model(config, Path(config.out_dir or "."))
+    model, meta, data = load_for(config, Path(config.out_dir or "."))
     source = ensure_prepared(config, data)
     height, width, channels = meta["image_shape"]
     model = compute.place_model(model)
-    test = features(load_split(source, "test").first(TEST_IMAGES).images)
+    test = features(Prepared(source, "test").first(TEST_IMAGES).images)
 
     def run(name: str, steps: int) -> tuple[Tensor, float]:
         sampler = configure(f"sampler={name}", f"sampler.steps={steps}").sampler
@@ -86,7 +86,7 @@ def compare(images: int, overrides: list[str], choices: dict[str, tuple[int, ...
                 " ".join(f"{key} {value:.4g}" if key != "sampler" else value for key, value in rows[-1].items()),
                 flush=True,
             )
-    train: LabelledImages = load_split(source, "train")
+    train: LabelledImages = Prepared(source, "train")
     distance, error = energy_distance(features(train.first(images).images), test)
     about = {"images": images, "seed": 0, "weights_sha256": meta["sha256"], "run": meta.get("run")}
     return about | {"rows": rows, "data": {"distance": distance, "stderr": error}, "machine": describe(compute.device)}

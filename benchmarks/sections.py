@@ -21,14 +21,14 @@ from benchmarks import peers, project
 from benchmarks.machine import matrix_product
 from benchmarks.measure import Contestant, Elsewhere, Hosted, rates, ratio, spread
 from benchmarks.project import ROOT, Task, make_task
-from modeling.batches import Draws, draw_timesteps
-from modeling.diffusion import DiffusionModel
-from modeling.drawing import draw_samples
-from modeling.evaluation import bits_per_dim
-from modeling.held_out import held_out_losses
-from modeling.quality import FIDELITY, Inception
+from modeling.diffusion.model import DiffusionModel
+from modeling.evaluation.bits_per_dim import bits_per_dim
+from modeling.evaluation.fid import FIDELITY, Inception
+from modeling.inference.held_out import held_out_losses
+from modeling.inference.samples import draw_samples
 from modeling.settings import CHOICES, SamplerConfig
 from modeling.stages.sample import place_trained
+from modeling.training.batches import Draws, draw_timesteps
 
 OURS = "this project"
 

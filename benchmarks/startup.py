@@ -42,12 +42,12 @@ def child(start: float, overrides: list[str]) -> None:
     marks.append(("imports", time.time()))
     config = configure(*overrides)
     marks.append(("configuration", time.time()))
-    from modeling.data import shapes
+    from modeling.data.sources import shapes
 
     (images, _), _, _ = shapes(config.data.num_train, 1, config.data.image_size, 0)
     marks.append(("data", time.time()))
     from benchmarks.project import Task, make_trainer
-    from modeling.device import choose_compute
+    from modeling.inference.device import choose_compute
 
     trainer = make_trainer(Task(config, images, choose_compute(config.device, config.precision, config.deterministic)))
     marks.append(("network", time.time()))

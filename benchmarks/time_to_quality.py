@@ -17,24 +17,23 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from benchmarks.project import command_line, configure
-from modeling.build import build_model, build_optimizer
-from modeling.data import LabelledImages, load_split, read_prepared
-from modeling.device import Compute, choose_compute
-from modeling.drawing import sample_grid
-from modeling.errors import Stopped
-from modeling.evaluation import bits_per_dim
-from modeling.files import write_atomic
-from modeling.images import save_png
-from modeling.reporter import Silent
+from modeling.build import build_model
+from modeling.data.prepared import LabelledImages, Prepared
+from modeling.evaluation.bits_per_dim import bits_per_dim
+from modeling.inference.device import Compute, choose_compute
+from modeling.inference.images import sample_grid, save_png
+from modeling.reliability.errors import Stopped
+from modeling.reliability.files import write_atomic
+from modeling.reliability.signals import stop_requests
 from modeling.settings import Config
-from modeling.signals import stop_requests
 from modeling.stages.prepare import ensure_prepared
-from modeling.training import EVALUATION_BATCH, Trainer
+from modeling.training.optimizer import build_optimizer
+from modeling.training.trainer import EVALUATION_BATCH, Reporter, Trainer
 
 COLUMNS = ("step", "images", "minutes", "loss", "held_out_loss", "bits_per_dim", "bits_per_dim_stderr", "machine")
 
 
-class Quality(Silent):
+class Quality(Reporter):
     """Records the quality at every evaluation, and asks for a stop when the minutes of this part are over."""
 
     def __init__(self, folder: Path, config: Config, test: LabelledImages, compute: Compute, minutes: float) -> None:
@@ -102,11 +101,11 @@ def run(minutes: float, folder: Path, overrides: list[str]) -> bool:
     config = configure(*overrides)
     compute = choose_compute(config.device, config.precision, config.deterministic)
     source = ensure_prepared(config, config.data)
-    meta = read_prepared(source)
+    meta = Prepared(source)
     model = build_model(config.model, config.diffusion, meta["shape"], len(meta["classes"]), config.seed)
     model = compute.place_model(model)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    train, test = load_split(source, "train"), load_split(source, "test")
+    train, test = Prepared(source, "train"), Prepared(source, "test")
     quality = Quality(folder, config, test, compute, minutes)
     optimizer = build_optimizer(config.optimizer, model.parameters())
     settings = (config.optimizer, config.trainer, config.seed)

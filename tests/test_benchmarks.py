@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks import bench, kept_memory, loss_equality, peers, profile_step, recognition, samplers, time_to_quality
 from benchmarks.measure import Elsewhere, rates, ratio, spread
 from benchmarks.project import command_line, configure, make_task, training_flops
-from modeling.shapes import draw_shapes
+from modeling.data.shapes import draw_shapes
 from modeling.stages import prepare, train
 
 
@@ -95,7 +95,7 @@ def test_kept_memory_is_compared_with_glibc_as_it_comes(monkeypatch, capsys):
     assert len(set(map(id, places))) == 2 and kept == [("auto", "auto", False)]
 
 
-SMALL = [
+TINY = [
     "data=shapes",
     "data.num_train=32",
     "data.num_test=8",
@@ -121,7 +121,7 @@ SMALL = [
 def test_time_to_quality_in_parts_is_that_of_one_run(tmp_path, monkeypatch):
     """A part of no minutes trains one step and stops; the next goes on. The record is that of a single run."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    overrides = [*SMALL, "trainer.steps=6"]
+    overrides = [*TINY, "trainer.steps=6"]
     assert time_to_quality.run(60, tmp_path / "whole", overrides)
     parts = 0
     while not time_to_quality.run(0, tmp_path / "parts", overrides):
@@ -139,7 +139,7 @@ def test_time_to_quality_in_parts_is_that_of_one_run(tmp_path, monkeypatch):
 
 
 def test_loss_equality_compares_three_runs(tmp_path, monkeypatch, capsys):
-    small = [item for item in SMALL if item.split("=")[0] not in ("data", "precision") and "every" not in item]
+    small = [item for item in TINY if item.split("=")[0] not in ("data", "precision") and "every" not in item]
     out = tmp_path / "plot.png"
     monkeypatch.setattr("sys.argv", ["loss_equality", "--steps", "4", "--out", str(out), *small])
     loss_equality.main()
@@ -186,7 +186,7 @@ def test_samplers_and_classes_of_a_trained_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     out = [f"out_dir={tmp_path}", "wandb.mode=disabled"]
-    config = configure(*SMALL, *out, "trainer.steps=1", "model.class_conditional=true", "trainer.label_dropout=0.5")
+    config = configure(*TINY, *out, "trainer.steps=1", "model.class_conditional=true", "trainer.label_dropout=0.5")
     for stage in (prepare, train):
         stage.run(config, tmp_path)
     monkeypatch.setattr("sys.argv", ["samplers", "--images=4", "--steps=2", f"--out={tmp_path / 'samplers'}", *out])

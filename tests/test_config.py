@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from modeling.build import check_image_size
 from modeling.config import load_config
-from modeling.errors import UserError
+from modeling.reliability.errors import UserError
 from modeling.settings import AdamWConfig, DDIMConfig, SGDConfig
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -13,20 +13,20 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from helpers.processes import ROOT
 from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launch import ROOT
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from modeling.checkpoint import VERSION, Damaged, load_model, read_checkpoint, save_checkpoint, save_model
+from modeling.checkpoints.checkpoint import VERSION, Damaged, read_checkpoint, save_checkpoint
+from modeling.checkpoints.model_file import load_model, load_trained, save_model
 from modeling.config import load_config
-from modeling.data import cifar10, folder
-from modeling.errors import ConfigError, UserError
+from modeling.data.sources import cifar10, folder
+from modeling.reliability.errors import ConfigError, UserError
 from modeling.settings import Config
-from modeling.trained import load_trained
 
 FAST = {"deadline": 5000, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 

@@ -1,0 +1,135 @@
+"""The forward process, the prediction and the loss."""
+
+import pytest
+import torch
+from helpers.closed_forms import optimal_model
+from torch import nn
+
+from modeling.diffusion.model import PREDICTION_TYPES, DiffusionModel
+from modeling.diffusion.schedule import NoiseSchedule, linear_betas
+from modeling.diffusion.unet import UNet
+
+
+def test_q_sample_moments(schedule, generator):
+    """Mean sqrt(alphas_cumprod) x_0 and variance 1 - alphas_cumprod: exact, as a linear map of x_0 and noise."""
+    model = optimal_model(schedule, lambda x, _: x)
+    x_0 = torch.randn(schedule.num_timesteps, 1, 2, 2, generator=generator, dtype=torch.float64)
+    t = torch.arange(schedule.num_timesteps)
+    shape = (-1, 1, 1, 1)
+    mean = model.q_sample(x_0, t, torch.zeros_like(x_0))
+    torch.testing.assert_close(mean, schedule.alphas_cumprod.sqrt().reshape(shape) * x_0)
+    deviation = model.q_sample(torch.zeros_like(x_0), t, torch.ones_like(x_0))
+    torch.testing.assert_close(deviation.square(), (1 - schedule.alphas_cumprod).reshape(shape).expand_as(x_0))
+
+
+def test_q_sample_equals_the_chain_of_single_steps(schedule, generator):
+    """The signal that survives the product of single steps, and its variance by recursion."""
+    model = optimal_model(schedule, lambda x, _: x)
+    x_0 = torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64)
+    x, variance = x_0, torch.zeros((), dtype=torch.float64)
+    for beta in schedule.betas:
+        x, variance = (1 - beta).sqrt() * x, (1 - beta) * variance + beta
+    last, zero = torch.tensor([schedule.num_timesteps - 1]), torch.zeros_like(x_0)
+    torch.testing.assert_close(model.q_sample(x_0, last, zero), x)
+    torch.testing.assert_close(model.q_sample(zero, last, zero + 1), zero + variance.sqrt())
+
+
+def test_q_posterior_uses_the_time_of_each_sample(schedule):
+    model = optimal_model(schedule, lambda x, _: x)
+    x_0, x_t = torch.ones(2, 1, 1, 1, dtype=torch.float64), 3 * torch.ones(2, 1, 1, 1, dtype=torch.float64)
+    t = torch.tensor([0, schedule.num_timesteps - 1])
+    mean, variance = model.q_posterior(x_0, x_t, t)
+    expected = schedule.posterior_mean_coef1[t] + 3 * schedule.posterior_mean_coef2[t]
+    torch.testing.assert_close(mean.flatten(), expected)
+    torch.testing.assert_close(variance.flatten(), schedule.posterior_variance[t])
+
+
+def test_predict_inverts_q_sample(schedule, generator):
+    """With the true noise, the predicted x_0 is the image; clipped, eps is the noise of the clipped image."""
+    x_0 = torch.rand(schedule.num_timesteps, 1, 2, 2, generator=generator, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
+    t = torch.arange(schedule.num_timesteps)
+
+    class Constant(nn.Module):
+        def forward(self, x_t, t):
+            return noise
+
+    model = DiffusionModel(Constant(), schedule)
+    x_t = model.q_sample(x_0, t, noise)
+    prediction = model.predict(x_t, t, clip_denoised=False)
+    torch.testing.assert_close(prediction.x_0, x_0, rtol=0, atol=1e-8)
+    torch.testing.assert_close(prediction.eps, noise)
+
+    clipped = model.predict(x_t + 5, t, clip_denoised=True)
+    assert clipped.x_0.abs().max() <= 1
+    torch.testing.assert_close(model.q_sample(clipped.x_0, t, clipped.eps), x_t + 5)
+
+
+def test_first_loss_is_the_mean_square_of_the_noise(generator):
+    """A zero-initialised output predicts 0: the loss of every sample is exactly mean(noise^2)."""
+    model = DiffusionModel(
+        UNet(8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,)),
+        NoiseSchedule(linear_betas(10, 1e-4, 0.02)),
+    )
+    noise = torch.randn(3, 3, 8, 8, generator=generator)
+    loss = model(torch.zeros(3, 3, 8, 8), torch.tensor([0, 5, 9]), noise)
+    assert loss.shape == (3,)
+    torch.testing.assert_close(loss, noise.square().flatten(1).mean(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_prediction_types_say_the_same(schedule, generator, prediction_type):
+    """For the same belief about x_0 every type gives the same x_0 and eps, and the same held-out loss."""
+    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, prediction_type=prediction_type)
+    reference = optimal_model(schedule, lambda x, a: torch.tanh(x) * a)
+    n = schedule.num_timesteps
+    x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
+    t = torch.arange(n)
+    for clip in (False, True):
+        got, expected = (m.predict(x_0, t, clip) for m in (model, reference))
+        torch.testing.assert_close(got.x_0, expected.x_0, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(got.eps, expected.eps, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(model.simple_loss(x_0, t, noise), reference.simple_loss(x_0, t, noise))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_losses_of_the_prediction_types_differ_by_powers_of_the_snr(schedule, generator, prediction_type):
+    """|x_0 error|^2 = |eps error|^2 / SNR and |v error|^2 = |eps error|^2 (1 + 1 / SNR); min-SNR makes them one."""
+    n, snr, gamma = schedule.num_timesteps, schedule.snr, 5.0
+    x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
+    t = torch.arange(n)
+    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, prediction_type=prediction_type)
+    eps_loss = model.simple_loss(x_0, t, noise)
+    factor = {"epsilon": torch.ones(n), "sample": 1 / snr, "v_prediction": 1 + 1 / snr}[prediction_type]
+    torch.testing.assert_close(model(x_0, t, noise), eps_loss * factor, rtol=1e-6, atol=1e-10)
+    weighted = DiffusionModel(model.network, schedule, prediction_type, min_snr_gamma=gamma)
+    torch.testing.assert_close(weighted(x_0, t, noise), eps_loss * snr.clamp(max=gamma) / snr, rtol=1e-6, atol=1e-10)
+
+
+def test_hybrid_loss_trains_the_variance_and_only_it(generator):
+    """Its gradient with respect to the mean's channels is that of the simple loss; the rest is the bound's."""
+    schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
+    out = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
+
+    class Constant(nn.Module):
+        def forward(self, x_t, t):
+            return out
+
+    x_0 = torch.randint(0, 256, (20, 1, 2, 2), generator=generator).double() / 127.5 - 1
+    noise = torch.randn(20, 1, 2, 2, generator=generator, dtype=torch.float64)
+    t = torch.arange(20)
+    learned = DiffusionModel(Constant(), schedule, variance="learned")
+    loss = learned(x_0, t, noise)
+    simple = (out[:, :1] - noise).square().flatten(1).mean(1)
+    bound = learned.bound_term(x_0, t, noise, clip_denoised=False)
+    torch.testing.assert_close(loss, simple + 0.001 * 20 * bound)
+    (gradient,) = torch.autograd.grad(loss.sum(), out)
+    (expected,) = torch.autograd.grad(simple.sum(), out)
+    torch.testing.assert_close(gradient[:, :1], expected[:, :1])
+    assert bool((gradient[:, 1:].abs().flatten(1).sum(1) > 0).all()) and bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("option", ["prediction_type", "variance"])
+def test_unknown_options_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} 'no' is none of"):
+        DiffusionModel(nn.Identity(), NoiseSchedule(torch.tensor([0.1])), **{option: "no"})

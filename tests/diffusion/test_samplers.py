@@ -1,0 +1,208 @@
+"""Samplers against closed forms, in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers.closed_forms import optimal_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling.diffusion.model import PREDICTION_TYPES
+from modeling.diffusion.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, timestep_subsequence
+from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas
+from modeling.inference.samples import SampleNoise
+
+
+def noise_like(x, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+@pytest.fixture
+def x_T(generator):
+    return torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
+
+
+@given(st.integers(1, 2000), st.data())
+def test_timestep_subsequence(num_timesteps, data):
+    steps = data.draw(st.integers(1, num_timesteps))
+    sequence = timestep_subsequence(num_timesteps, steps)
+    assert len(sequence) == steps and sequence[0] == num_timesteps - 1
+    assert all(a > b for a, b in itertools.pairwise(sequence))
+    assert steps == 1 or sequence[-1] == 0
+
+
+@pytest.mark.parametrize("steps", [0, 11])
+def test_timestep_subsequence_out_of_range(steps):
+    with pytest.raises(ValueError, match="allowed are 1 to 10"):
+        timestep_subsequence(10, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 7])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_point_mass_is_returned_exactly(schedule, x_T, steps, eta, variance, prediction_type):
+    c = torch.tensor([0.3, -0.9, 1.0], dtype=torch.float64).reshape(3, 1, 1, 1).expand_as(x_T)
+    model = optimal_model(schedule, lambda x, _: c, variance, prediction_type)
+    timesteps = timestep_subsequence(schedule.num_timesteps, steps)
+    torch.testing.assert_close(ddpm_sample(model, x_T, timesteps, noise_like(x_T)), c, rtol=0, atol=1e-9)
+    torch.testing.assert_close(ddim_sample(model, x_T, timesteps, noise_like(x_T), eta), c, rtol=0, atol=1e-9)
+    torch.testing.assert_close(dpm_solver_sample(model, x_T, timesteps), c, rtol=0, atol=1e-9)
+
+
+@given(st.integers(2, 300), st.data())
+def test_point_mass_under_any_schedule_and_any_subsequence(num_timesteps, data):
+    """Betas, time steps and the value are drawn; every sampler returns the value."""
+    draws = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    schedule = NoiseSchedule(torch.rand(num_timesteps, generator=draws, dtype=torch.float64) * 0.5 + 1e-4)
+    chosen = data.draw(st.sets(st.integers(0, num_timesteps - 1), min_size=1))
+    c = torch.full((1, 1, 2, 2), data.draw(st.floats(-1, 1)), dtype=torch.float64)
+    x = torch.randn(1, 1, 2, 2, generator=draws, dtype=torch.float64)
+    model = optimal_model(schedule, lambda x, _: c)
+    # Very noisy steps lose digits of c: alphas_cumprod down to 1e-90.
+    timesteps = [t for t in sorted(chosen, reverse=True) if schedule.alphas_cumprod[t] > 1e-12] or [0]
+    for sample in (
+        ddpm_sample(model, x, timesteps, noise_like(x)),
+        ddim_sample(model, x, timesteps, noise_like(x), 0.5),
+        dpm_solver_sample(model, x, timesteps),
+    ):
+        torch.testing.assert_close(sample, c, rtol=0, atol=1e-6)
+
+
+def test_the_solvers_of_the_ode_converge_to_its_solution(x_T):
+    """Data N(0, s^2): the ODE has the solution x_0 = s x_T / sqrt(a_T s^2 + 1 - a_T). Order 1 for DDIM, 2 for 2M."""
+    schedule, s2 = NoiseSchedule(cosine_betas(4000)), 0.3
+    model = optimal_model(schedule, lambda x, a: a.sqrt() * s2 / (a * s2 + 1 - a) * x)
+    log_snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).log()
+    start, end = 3600, 400
+    a, b = schedule.alphas_cumprod[start], schedule.alphas_cumprod[end]
+    exact = ((b * s2 + 1 - b) / (a * s2 + 1 - a)).sqrt()
+
+    def error(solve, steps):
+        # Evenly in log-SNR, which the order of the solver refers to; the factor of the last step is divided out.
+        levels = torch.linspace(log_snr[start], log_snr[end], steps + 1, dtype=torch.float64)
+        timesteps = [int((log_snr - level).abs().argmin()) for level in levels]
+        last = b.sqrt() * s2 / (b * s2 + 1 - b)
+        return (solve(timesteps) / (last * x_T) - exact).abs().max().item()
+
+    def ddim(timesteps):
+        clean = ddim_sample(model, x_T, timesteps, noise_like(x_T), clip_denoised=False)
+        return clean
+
+    def second(timesteps):
+        return dpm_solver_sample(model, x_T, timesteps, clip_denoised=False)
+
+    assert error(ddim, 40) < 0.65 * error(ddim, 20) and error(second, 40) < 0.4 * error(second, 20)
+    assert error(second, 20) < 0.2 * error(ddim, 20)
+
+
+def test_dpm_solver_with_one_and_two_steps_is_ddim(schedule, x_T):
+    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a)
+    for steps in (1, 2):
+        timesteps = timestep_subsequence(schedule.num_timesteps, steps)
+        expected = ddim_sample(model, x_T, timesteps, noise_like(x_T))
+        torch.testing.assert_close(dpm_solver_sample(model, x_T, timesteps), expected)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_learned_variance_at_its_ends_is_the_fixed_ones(schedule, x_T, fraction):
+    learned = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "learned")
+    inner = learned.network.forward
+    learned.network.forward = lambda x, t: torch.cat(
+        [inner(x, t).chunk(2, 1)[0], torch.full_like(x, 2 * fraction - 1)], 1
+    )
+    fixed = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "fixed_large" if fraction else "fixed_small")
+    timesteps = timestep_subsequence(schedule.num_timesteps, 5)
+    expected = ddpm_sample(fixed, x_T, timesteps, noise_like(x_T))
+    torch.testing.assert_close(ddpm_sample(learned, x_T, timesteps, noise_like(x_T)), expected)
+
+
+def test_ddim_of_a_standard_normal_is_a_product_of_cosines(schedule, x_T):
+    """eps* = sqrt(1 - alphas_cumprod) x_t, so each step multiplies by the cosine of the angle it turns."""
+    model = optimal_model(schedule, lambda x, alpha_bar: alpha_bar.sqrt() * x)
+    timesteps = timestep_subsequence(schedule.num_timesteps, 6)
+    angles = [math.acos(math.sqrt(schedule.alphas_cumprod[t])) for t in timesteps] + [0.0]
+    factor = math.prod(math.cos(a - b) for a, b in itertools.pairwise(angles))
+    sample = ddim_sample(model, x_T, timesteps, noise_like(x_T), clip_denoised=False)
+    torch.testing.assert_close(sample, factor * x_T)
+
+
+def test_ddpm_of_a_standard_normal(schedule, x_T):
+    """The mean of a step is sqrt(alpha_t) x_t; with fixed_large, variance 1 is kept until the last, noiseless step."""
+    model = optimal_model(schedule, lambda x, alpha_bar: alpha_bar.sqrt() * x)
+    timesteps = list(range(schedule.num_timesteps))[::-1]
+    sample = ddpm_sample(model, x_T, timesteps, lambda: torch.zeros_like(x_T), clip_denoised=False)
+    torch.testing.assert_close(sample, schedule.alphas_cumprod[-1].sqrt() * x_T)
+
+    draws = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    two = timesteps[:2] + timesteps[-1:]
+    out = ddpm_sample(model, draws, two, noise_like(draws), clip_denoised=False)
+    # of the last alpha, which is alphas_cumprod[0]
+    assert out.var().item() == pytest.approx(schedule.alphas_cumprod[0].item(), rel=0.04)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 7])
+def test_ddpm_is_ddim_with_eta_one(schedule, x_T, steps):
+    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "fixed_small")
+    timesteps = timestep_subsequence(schedule.num_timesteps, steps)
+    for clip in (True, False):
+        ddpm = ddpm_sample(model, x_T, timesteps, noise_like(x_T), clip)
+        ddim = ddim_sample(model, x_T, timesteps, noise_like(x_T), 1.0, clip)
+        torch.testing.assert_close(ddpm, ddim)
+
+
+def test_gaussian_with_full_covariance(x_T):
+    """Data N(0, S): DDIM's map is linear; with many steps its covariance tends to S."""
+    schedule = NoiseSchedule(linear_betas(1000, 1e-4, 0.02))
+    root = torch.tensor([[0.6, 0.0], [0.35, 0.3]], dtype=torch.float64)
+    covariance = root @ root.T
+
+    def denoise(x, alpha_bar):
+        a = alpha_bar.flatten()[0]
+        gain = a.sqrt() * covariance @ torch.linalg.inv(a * covariance + (1 - a) * torch.eye(2, dtype=torch.float64))
+        return (x.flatten(1) @ gain.T).reshape(x.shape)
+
+    basis = torch.eye(2, dtype=torch.float64).reshape(2, 1, 1, 2)
+    model = optimal_model(schedule, denoise)
+    rows = ddim_sample(model, basis, list(range(1000))[::-1], noise_like(basis), clip_denoised=False).reshape(2, 2)
+    torch.testing.assert_close(rows.T @ rows, covariance, rtol=0.02, atol=2e-3)
+
+
+def test_ideal_denoiser_of_a_finite_data_set_returns_members(x_T):
+    schedule = NoiseSchedule(linear_betas(1000, 1e-4, 0.02))
+    data = torch.tensor([-0.8, 0.1, 0.9], dtype=torch.float64).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
+
+    def denoise(x, alpha_bar):
+        distance = (x[:, None] - alpha_bar.sqrt()[:, None] * data[None]).square().sum((2, 3, 4))
+        weights = torch.softmax(-distance / (2 * (1 - alpha_bar.reshape(-1, 1))), dim=1)
+        return torch.einsum("nk,kchw->nchw", weights, data)
+
+    model = optimal_model(schedule, denoise)
+    timesteps = timestep_subsequence(1000, 100)
+    for sample in (
+        ddim_sample(model, x_T, timesteps, noise_like(x_T)),
+        ddpm_sample(model, x_T, timesteps, noise_like(x_T)),
+    ):
+        nearest = (sample[:, None] - data[None]).abs().amax((2, 3, 4)).amin(1)
+        assert nearest.max() < 1e-3
+
+
+def test_noise_of_a_sample_does_not_depend_on_the_batch():
+    whole = SampleNoise(3, range(6), (1, 4, 4), "cpu")
+    parts = [SampleNoise(3, range(0, 2), (1, 4, 4), "cpu"), SampleNoise(3, range(2, 6), (1, 4, 4), "cpu")]
+    for _ in range(3):
+        assert torch.equal(whole(), torch.cat([p() for p in parts]))
+    draws = whole()
+    assert len({d.sum().item() for d in draws}) == 6
+    assert not torch.equal(SampleNoise(4, [0], (1, 4, 4), "cpu")(), SampleNoise(3, [0], (1, 4, 4), "cpu")())
+
+
+def test_noise_is_normal():
+    """Uniform noise would have variance 1/12 and no tails."""
+    draws = SampleNoise(0, range(4), (3, 64, 64), "cpu")()
+    assert draws.mean().item() == pytest.approx(0, abs=0.02)
+    assert draws.var().item() == pytest.approx(1, abs=0.03)
+    assert (draws.abs() > 2).double().mean().item() == pytest.approx(math.erfc(math.sqrt(2)), abs=0.005)

@@ -1,0 +1,76 @@
+"""The network: size, initialisation, time embedding, shapes."""
+
+import math
+
+import pytest
+import torch
+
+from modeling.diffusion.unet import UNet, timestep_embedding
+
+TINY = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "dropout": 0.0}
+
+
+def perturbed(**kwargs):
+    """A network whose zero-initialised ends have weights, so that its output depends on its input."""
+    torch.manual_seed(0)
+    net = UNet(8, **{**TINY, **kwargs})
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return net.eval()
+
+
+def test_the_papers_network_has_its_parameter_count():
+    with torch.device("meta"):
+        net = UNet(32)
+    assert sum(p.numel() for p in net.parameters()) == 35_746_307
+
+
+def test_zero_output_at_initialisation(generator):
+    out = UNet(8, **TINY)(torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([0, 999]))
+    assert torch.equal(out, torch.zeros(2, 3, 8, 8))
+
+
+def test_timestep_embedding_closed_form():
+    emb = timestep_embedding(torch.tensor([0, 7]), 8)
+    assert emb[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    angles = [7 * 10_000 ** (-i / 3) for i in range(4)]
+    expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    torch.testing.assert_close(emb[1], torch.tensor(expected))
+
+
+def test_every_sample_is_embedded_by_its_own_time(generator):
+    """A batch with different times gives what each sample gives alone."""
+    net = perturbed(attention_resolutions=(4,))
+    x = torch.randn(3, 3, 8, 8, generator=generator)
+    t = torch.tensor([0, 400, 999])
+    together = net(x, t)
+    alone = torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(net(x, t), net(x, t.flip(0)), atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("size", [8, 12])
+def test_any_size_and_channel_count(channels, size):
+    net = UNet(size, in_channels=channels, attention_resolutions=(size // 2,), num_heads=2, **TINY)
+    assert net(torch.zeros(2, channels, size, size), torch.zeros(2)).shape == (2, channels, size, size)
+
+
+def test_gradients_reach_every_parameter(generator):
+    net = perturbed(attention_resolutions=(8, 4)).train()
+    net(torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([1, 2])).square().mean().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2, "num_classes": 5, "out_channels": 6}])
+def test_what_runs_where_there_is_no_cpu(options):
+    """On a device without memory: the branches for CUDA, and that none of them makes a tensor on the CPU."""
+    with torch.device("meta"):
+        net = UNet(8, attention_resolutions=(8, 4), **(TINY | {"dropout": 0.1}), **options).train()
+        x, t = torch.empty(2, 3, 8, 8, requires_grad=True), torch.empty(2, dtype=torch.int64)
+        labels = [torch.empty(2, dtype=torch.int64)] if "num_classes" in options else []
+    out = net(x, t, *labels)
+    assert out.device.type == "meta" and out.shape == (2, options.get("out_channels", 3), 8, 8)
+    out.sum().backward()
+    assert x.grad.device.type == "meta" and x.grad.shape == x.shape

@@ -1,0 +1,425 @@
+"""Several processes: real ones, started by the launcher and by torchrun, against one process."""
+
+import csv
+import dataclasses
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import psutil
+import pytest
+import torch
+import yaml
+from helpers.pipeline import ROOT, TINY, environment
+from helpers.training import MODEL, Recorder, make, weights
+from PIL import Image
+
+from modeling.distributed import collectives, launcher, rendezvous
+from modeling.reliability.errors import ConfigError, Lost, UserError
+from modeling.settings import TrainerConfig
+
+COMMON = [
+    *TINY,
+    "precision=fp32",
+    "trainer.batch_size=8",
+    "trainer.timestep_sampling=stratified",
+    "sampler.num_samples=5",
+    "sampler.eta=1.0",
+    "sampler.batch_size=3",
+    "evaluation.bpd_images=5",
+    "evaluation.fid_samples=null",
+    "optimizer.warmup_steps=0",
+    "optimizer.lr=1e-3",
+]
+
+
+def start(root, *arguments, torchrun=(), **changes):
+    """A process of main.py, or of torchrun with it, whose state lies in `root` and whose outputs in `root`/out."""
+    command = [sys.executable, *(("-m", "torch.distributed.run", *torchrun) if torchrun else ())]
+    command += [str(ROOT / "main.py"), *COMMON, f"out_dir={root / 'out'}", *arguments]
+    root.mkdir(exist_ok=True)
+    env = environment(root, WANDB_MODE="disabled", PYTHONPATH=str(ROOT), **changes)
+    return subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process, timeout=120):
+    """Exit code, stdout and stderr; nobody is left over."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, stdout, stderr
+
+
+def main(root, *arguments, **more):
+    code, stdout, stderr = ended(start(root, *arguments, **more))
+    assert code == 0, stdout + stderr
+    return stdout
+
+
+def rows(root):
+    with (root / "out/reports/train.csv").open() as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [number for part in value.values() for number in numbers(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def check_equal(one, other, what, record_deviation):
+    """Losses and metrics to float tolerance; the very same pictures."""
+    assert len(rows(one)) == len(rows(other)) > 0
+    for row, expected in zip(rows(other), rows(one), strict=True):
+        assert row == pytest.approx(expected, rel=2e-4)
+        record_deviation(f"one process: losses of {what}", abs(row["loss"] / expected["loss"] - 1))
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    reports = [numbers(json.loads((root / "out/reports/evaluate.json").read_text())) for root in (one, other)]
+    assert reports[1] == pytest.approx(reports[0], rel=1e-3)
+    pictures = [sorted((root / "out/samples").glob("*.png")) for root in (one, other)]
+    assert len(pictures[0]) == len(pictures[1]) == 5
+    for a, b in zip(*pictures, strict=True):
+        difference = torch.tensor(list(_pixels(a))).int() - torch.tensor(list(_pixels(b))).int()
+        assert difference.abs().max() <= 1  # the rounding of a value between two levels
+
+
+def _pixels(path):
+    return Image.open(path).tobytes()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def two_nodes(root, *arguments, torchrun=()):
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    meet += ["--rdzv-id=test", "--local-addr=127.0.0.1", *torchrun]
+    return [start(root, *arguments, torchrun=meet, GLOO_SOCKET_IFNAME="lo") for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """All stages in one process."""
+    root = tmp_path_factory.mktemp("one")
+    main(root, "model.dropout=0")
+    return root
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_number_of_processes_changes_nothing(tmp_path, one, count, record_deviation):
+    printed = main(tmp_path, "model.dropout=0", f"trainer.nproc={count}")
+    assert f"{count} processes" in printed and printed.count("bits/dim") == 1  # one of them talks
+    check_equal(one, tmp_path, f"{count} processes", record_deviation)
+    assert not list(tmp_path.glob("*.log")) and not list(tmp_path.glob("out/*.log"))
+    assert len(list(tmp_path.glob("outputs/*/*/main.log"))) == 1
+
+
+def test_two_nodes_by_torchrun(tmp_path, one, record_deviation):
+    """Two groups of processes that meet by c10d on this machine; micro-batches that do not divide the share."""
+    arguments = ["model.dropout=0", "trainer.micro_batch_size=3"]
+    results = [ended(node) for node in two_nodes(tmp_path, *arguments)]
+    assert [code for code, _, _ in results] == [0, 0], results
+    check_equal(one, tmp_path, "two nodes, micro-batches of 3", record_deviation)
+
+
+def test_micro_batches_change_nothing_but_memory(tmp_path):
+    seen = []
+    still = dataclasses.replace(MODEL, dropout=0.0)
+
+    def run(size, model=still):
+        trainer = make(tmp_path / str(size), Recorder(), model=model, batch_size=6, micro_batch_size=size, steps=6)
+        trainer.model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        trainer.run()
+        return trainer
+
+    whole = run(None)
+    assert {*seen} == {6}
+    seen.clear()
+    parts = run(4)
+    assert seen == [4, 2] * 6
+    assert torch.allclose(weights(parts), weights(whole), atol=1e-5)
+    assert parts.last_row == pytest.approx(whole.last_row, rel=1e-4)
+
+
+def test_no_two_parts_of_a_step_drop_the_same(tmp_path):
+    trainer = make(tmp_path, Recorder(), batch_size=4, micro_batch_size=2)
+    states = []
+    trainer.model.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
+    trainer._train_step()
+    assert len(states) == 2 and not torch.equal(*states)
+
+
+LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=120", "trainer.checkpoint_every=10", "trainer.nproc=2"]
+LONG += ["trainer.log_every=50", "trainer.sample_every=1000", "trainer.evaluate_every=1000"]
+
+
+def newest(root):
+    return max((int(path.stem[5:]) for path in root.glob("runs/*/step-*.pt")), default=0)
+
+
+def workers(process):
+    """The ranks of a launcher or of torchrun, in order, once all are there."""
+    found = [p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()]
+    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
+
+
+def disturbed(root, process, victim, sent):
+    """Sends a signal to rank `victim`, or to the process itself if it is None, after the next checkpoint."""
+    before = newest(root)
+    while newest(root) <= before:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    ranks = workers(process)
+    (ranks[victim] if victim is not None else process).send_signal(sent)
+    since = time.monotonic()
+    result = ended(process, 30)
+    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks):
+        assert time.monotonic() - since < 15, "a process is left over"
+        time.sleep(0.02)
+    assert time.monotonic() - since < 15
+    return result
+
+
+def test_stops_and_deaths_lose_nothing(tmp_path):
+    """Signals to a rank and to the launcher; afterwards, the files of a run that nothing happened to."""
+    calm, root = tmp_path / "calm", tmp_path / "disturbed"
+    for each in (calm, root):
+        main(each, "stage=prepare")
+    main(calm, *LONG)
+    for victim, sent, code, line in (
+        (1, signal.SIGTERM, 75, r"stopped after step \d+, all work is saved; to go on: python .*trainer.nproc=2.*"),
+        (0, signal.SIGKILL, 1, r"error: process 0 of 2 was killed \(SIGKILL\): the last checkpoint is kept; to go .*"),
+        (None, signal.SIGINT, 75, r"stopped after step \d+, all work is saved; to go on: python .*trainer.nproc=2.*"),
+        (None, signal.SIGKILL, -signal.SIGKILL, None),
+    ):
+        found, stdout, stderr = disturbed(root, start(root, *LONG), victim, sent)
+        assert found == code, stdout + stderr
+        assert line is None or re.fullmatch(line, stderr.strip()), stderr  # one line
+    kept = newest(root)
+    assert f"going on after step {kept}" in main(root, *LONG) and 0 < kept < 120
+    for name in ("models/model.safetensors", "reports/train.csv"):
+        assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes(), name
+
+
+def test_the_second_signal_ends_all_processes_at_once(tmp_path):
+    """One of them hangs, so the other waits for it, and the first signal cannot be heeded."""
+    main(tmp_path, "stage=prepare")
+    process = start(tmp_path, *LONG)
+    while newest(tmp_path) < 10:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    ranks = workers(process)
+    ranks[1].suspend()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+    assert psutil.wait_procs(ranks[:1], timeout=5)[0] == ranks[:1]
+    ranks[1].resume()
+    assert psutil.wait_procs(ranks[1:], timeout=5)[0] == ranks[1:]
+
+
+def test_another_number_of_processes_goes_on(tmp_path, one, record_deviation):
+    root = tmp_path / "changing"
+    main(root, "model.dropout=0", "trainer.steps=2", "trainer.nproc=2")
+    assert "going on after step 2" in main(root, "model.dropout=0", "trainer.nproc=1")
+    check_equal(one, root, "2 processes, then 1", record_deviation)
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
+    """Two groups of processes, each with an agent that counts its own restarts; a process of the second group dies."""
+    main(tmp_path, "stage=prepare")
+    arguments = [a for a in LONG if "nproc" not in a] + ["trainer.resume=never"]
+    agents = two_nodes(tmp_path, *arguments, torchrun=["--max-restarts=2"])
+    while newest(tmp_path) < 20:
+        assert all(agent.poll() is None for agent in agents), [ended(agent) for agent in agents]
+        time.sleep(0.02)
+    workers(agents[-1])[-1].kill()
+    results = [ended(agent) for agent in agents]
+    assert all(code == 0 for code, _, _ in results), results
+    stdout, stderr = ("".join(result[k] for result in results) for k in (1, 2))
+    assert re.search(r"going on after step [2-9]0", stdout), stdout
+    assert stderr.count("another process of this job has ended") <= 1
+    assert rows(tmp_path)[-1]["step"] == 120
+
+
+ONE_LINE = {
+    "trainer.batch_size=9 trainer.nproc=2": "error: trainer.batch_size=9: must be divisible by the 2 processes",
+    "trainer.nproc=0": "error: trainer.nproc=0: must be greater than 0",
+    "trainer.micro_batch_size=0": "error: trainer.micro_batch_size=0: must be at least 1",
+    "--multirun seed=1,2 trainer.nproc=2": "error: trainer.nproc=2: not with --multirun",
+}
+
+
+@pytest.mark.parametrize("arguments", ONE_LINE)
+def test_bad_numbers_are_one_line(tmp_path, arguments):
+    flags = [a for a in arguments.split() if a.startswith("--")]
+    rest = [a for a in arguments.split() if not a.startswith("--")]
+    command = [sys.executable, str(ROOT / "main.py"), *flags, *COMMON, "stage=train", *rest]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(ONE_LINE[arguments])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_errors_of_one_rank_and_of_all_are_one_line(tmp_path):
+    """A checkpoint that only the first process reads, and a loss that all of them see."""
+    main(tmp_path, "stage=prepare")
+    (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
+    code, stdout, stderr = ended(start(tmp_path, *LONG, "trainer.resume=bad.pt"))
+    assert code == 2 and len(stderr.strip().splitlines()) == 1 and "error: trainer.resume=" in stderr, stdout + stderr
+    diverges = ["optimizer.lr=1e30", "optimizer.grad_clip=null", "trainer.steps=20"]
+    code, stdout, stderr = ended(start(tmp_path, *LONG, *diverges))
+    assert code == 1 and len(stderr.strip().splitlines()) == 1 and "is not finite" in stderr, stdout + stderr
+    (bad,) = tmp_path.glob("runs/*/bad-step-*.pt")
+    assert len(torch.load(bad)["x_0"]) == 8  # the whole batch, not a share
+
+
+def run_together(tmp_path, *names):
+    env = {"MODELING_JOB": str(tmp_path), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests/together.py"), *names]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment(tmp_path, RANK=str(k), LOCAL_RANK=str(k), **env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k in range(2)
+    ]
+    return [ended(process) for process in processes]
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    for code, stdout, stderr in run_together(tmp_path, "exchange", "save", "quality", "stop_elsewhere"):
+        assert code == 0 and "good" in stdout, stderr
+
+
+def test_a_lost_process_is_noticed(tmp_path):
+    first, second = run_together(tmp_path, "lose")
+    assert first[0] == 0, first
+    assert second[0] == -signal.SIGKILL
+
+
+def test_a_process_that_computes_wrongly_is_found(tmp_path, monkeypatch):
+    """The checksum at a checkpoint covers the weights and their average."""
+    compared = []
+    monkeypatch.setattr(
+        "modeling.training.trainer.check_same", lambda tensors, what: compared.append((len(tensors), what))
+    )
+    trainer = make(tmp_path, Recorder(), steps=4)
+    trainer.run()
+    assert compared == [(2 * len(trainer.parameters), "the weights after step 4")]
+
+
+def config(**changes):
+    from types import SimpleNamespace
+
+    trainer = TrainerConfig(**{field.name: None for field in dataclasses.fields(TrainerConfig)})
+    trainer = dataclasses.replace(trainer, batch_size=8, nproc=1, resume="never")
+    stage = changes.pop("stage", "train")
+    return SimpleNamespace(stage=stage, device="cpu", trainer=dataclasses.replace(trainer, **changes))
+
+
+def test_torchrun_and_nproc_must_agree(monkeypatch):
+    assert launcher.check_processes(config(), False) == 1 and launcher.check_processes(config(nproc=4), False) == 4
+    assert launcher.check_processes(config(nproc=3, stage="sample"), False) == 3  # no batch to divide
+    assert launcher.must_launch(config(nproc=2)) and not launcher.must_launch(config(nproc=2, stage="prepare"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launcher.check_processes(config(), False) == 2 and not launcher.must_launch(config(nproc=2))
+    with pytest.raises(ConfigError, match=r"trainer\.nproc=4: torchrun has started 2 processes"):
+        launcher.check_processes(config(nproc=4), False)
+
+
+def test_only_a_restart_overrules_resume_never(monkeypatch, tmp_path):
+    fresh = config()
+    with launcher.joined(fresh, tmp_path) as out:
+        assert out == tmp_path and fresh.trainer.resume == "never"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with launcher.joined(fresh, tmp_path):
+        assert fresh.trainer.resume == "auto"
+
+
+def test_who_tells(monkeypatch, tmp_path):
+    assert launcher.may_tell(UserError("x"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not launcher.may_tell(ConfigError("x"))  # there is no group yet
+    monkeypatch.setenv("MODELING_JOB", str(tmp_path))
+    assert (
+        not launcher.may_tell(Lost("x")) and launcher.may_tell(UserError("x")) and not launcher.may_tell(UserError("x"))
+    )
+    monkeypatch.setenv("MODELING_JOB", str(tmp_path / "gone"))
+    assert launcher.may_tell(UserError("x"))
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with (
+        pytest.raises(ConfigError, match=r"trainer\.nproc=2: this machine has 1 CUDA devices"),
+        collectives.group("auto", None),
+    ):
+        pass
+
+
+def test_the_exit_code_is_the_culprits(tmp_path, capsys):
+    def outcome(*codes):
+        (tmp_path / "told").unlink(missing_ok=True)
+        ended = [subprocess.Popen([sys.executable, "-SEc", f"raise SystemExit({code})"]) for code in codes]
+        for process in ended:
+            process.wait()
+        return launcher._wait(ended, tmp_path, "again")
+
+    assert [outcome(*codes) for codes in ((0, 0), (0, 75), (69, 2), (75, 1), (69, 75))] == [0, 75, 2, 1, 75]
+    assert outcome(69, 69) == 1 and "the processes have lost each other" in capsys.readouterr().err
+    (tmp_path / "lost").write_text("no network")
+    assert outcome(69, 3) == 3 and "error: no network; to go on: again" in capsys.readouterr().err
+
+
+UNSEEN = {"nproc", "micro_batch_size", "compile", "checkpoint_every", "checkpoint_minutes"}  # in any result
+
+
+def test_dvc_repeats_no_training_for_what_changes_no_result():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    keys = {f.name for f in dataclasses.fields(TrainerConfig)} - UNSEEN
+    assert {p for p in stages["train"]["params"] if p.startswith("trainer")} == {f"trainer.{key}" for key in keys}
+    assert not any(p.startswith("trainer") for p in stages["evaluate"]["params"])
+
+
+def test_who_does_not_go_is_killed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "GRACE", 0.5)
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    stays = subprocess.Popen([sys.executable, "-SEc", stubborn], stdout=subprocess.PIPE)
+    stays.stdout.readline()
+    fails = subprocess.Popen([sys.executable, "-SEc", "raise SystemExit(3)"])
+    assert launcher._wait([fails, stays], tmp_path, "again") == 3 and stays.returncode == -signal.SIGKILL
+
+
+def test_processes_that_do_not_come_are_waited_for_only_so_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=0.1))
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+    with pytest.raises(RuntimeError, match="do not come"):
+        rendezvous.own_part(store, 0, 2)
+
+
+def test_who_has_lost_the_store_tells_his_error_himself(monkeypatch):
+    """It went with the process that held it, which can tell no more."""
+
+    class Gone:
+        def add(self, key, amount):
+            raise RuntimeError("connection reset")
+
+    monkeypatch.setattr(collectives, "_store", Gone())
+    assert collectives.is_first_to_tell(UserError("x"))

@@ -1,0 +1,34 @@
+"""Settings for tests, composed from the shipped conf/ as main.py composes them."""
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from modeling.config import load_config
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def composed(*overrides):
+    """The DictConfig of a command line."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def load(*overrides):
+    """The settings of a command line."""
+    return load_config(composed(*overrides), overrides)
+
+
+@lru_cache
+def _choice(name, choice):
+    given = {"folder": ["data.path=x"], "tabulated": ["diffusion.num_timesteps=1", "diffusion.betas=[0.5]"]}
+    few = ["diffusion.num_timesteps=1000"] if choice != "tabulated" else ["sampler.steps=1", "trainer.sample_steps=1"]
+    return getattr(load(f"{name}={choice}", *few, *given.get(choice, [])), name)
+
+
+def group(name, choice, **changes):
+    """One group as conf/<name>/<choice>.yaml has it, with some keys changed (unchecked)."""
+    return dataclasses.replace(_choice(name, choice), **changes)

@@ -1,0 +1,48 @@
+"""The real command line and DVC, in processes of their own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TINY = ["experiment=tiny"]
+
+
+def environment(state, **changes):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DVC_"))}
+    identity = {f"GIT_{who}_{what}": "t@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | identity | {"PATH": path, "DVC_ROOT": str(state), "OMP_NUM_THREADS": "1"} | changes
+
+
+def main(state, cwd, *arguments, **changes):
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(state, **changes), capture_output=True, text=True)
+
+
+def copy_repository(folder):
+    """A copy of the repository, as Git would hand it over."""
+    repository = folder / "repository"
+    repository.mkdir()
+    for name in (
+        "modeling",
+        "conf",
+        ".dvc/config",
+        ".dvc/.gitignore",
+        ".dvcignore",
+        ".gitignore",
+        "main.py",
+        "dvc.yaml",
+    ):
+        source, target = ROOT / name, repository / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    env = environment(repository)
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "start"]):
+        subprocess.run(command, cwd=repository, env=env, check=True)
+    return repository

@@ -1,0 +1,127 @@
+"""Real processes of main.py that start fast: a server that has imported everything forks them.
+
+A process writes the functions on its stack to a file whenever SIGUSR1 comes, so a test knows where it was when it was
+killed.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+
+import torch
+
+from helpers.pipeline import ROOT
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["helpers.processes", "modeling.stages.train", "modeling.stages.evaluate", "hydra"])
+
+
+def _child(arguments, cwd, environment, log, stacks, limits):
+    import resource
+
+    os.chdir(cwd)
+    os.environ.pop("WANDB_SERVICE", None)  # of the tests: who is killed takes his own along
+    os.environ.update(environment)
+    with open(log, "ab", buffering=0) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    told = os.open(stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # unbuffered: signals may come within signals
+
+    def tell(number, frame):
+        names = []
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        os.write(told, (" ".join(names) + "\n").encode())
+
+    signal.signal(signal.SIGUSR1, tell)
+    os.write(told, b"ready\n")
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, name), (value, resource.RLIM_INFINITY))
+    # The server has imported PyTorch already, so the variable alone would come too late.
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = [str(ROOT / "main.py"), *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:  # the coverage is still to be written
+        for name in limits:
+            resource.setrlimit(getattr(resource, name), (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+_started = []
+
+
+def end_all():
+    """Kills every process that still runs."""
+    while _started:
+        process = _started.pop()
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+class Launched:
+    """One process of main.py.
+
+    Args:
+        folder: its log and its stacks lie here.
+        arguments: as typed.
+        cwd: it works here.
+        environment: changes of it.
+        limits: of the system, by their names in `resource`.
+    """
+
+    def __init__(self, folder, arguments, cwd, environment, limits=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log, self.stacks = folder / "log", folder / "stacks"
+        self.log.write_text("")
+        self.stacks.unlink(missing_ok=True)
+        settings = {"DVC_ROOT": str(folder / "root"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | environment
+        arguments = (list(arguments), str(cwd), settings, str(self.log), str(self.stacks), limits or {})
+        self.process = CONTEXT.Process(target=_child, args=arguments, daemon=True)  # ends with the tests
+        self.process.start()
+        _started.append(self.process)
+        self.wait_for(lambda: self.stacks.exists() and self.stacks.stat().st_size)
+
+    def wait_for(self, condition, seconds=60.0):
+        """Waits until something holds; whether it did before the process ended."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if not self.process.is_alive():
+                return False
+            assert time.monotonic() < end, self.printed()
+            time.sleep(0.002)
+        return True
+
+    def where(self):
+        """The functions on its stack now."""
+        before = self.stacks.stat().st_size
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGUSR1)
+        self.wait_for(lambda: self.stacks.stat().st_size > before)
+        return self.stacks.read_text()[before:].split()
+
+    def wait_until_in(self, function):
+        """Waits until a function is on the stack; whether that came before the end."""
+        return self.wait_for(lambda: function in self.where())
+
+    def send(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def end(self, seconds=120.0):
+        """Waits for the end and gives the exit code, negative for a signal."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, self.printed()
+        return self.process.exitcode
+
+    def printed(self):
+        return self.log.read_text()
+
+    def lines(self):
+        """What it printed that is no log line."""
+        return [line for line in self.printed().splitlines() if line and not line.startswith("[20")]

@@ -1,0 +1,250 @@
+"""End to end, through the real command line, DVC and W&B's offline files."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from diffusers import DDPMPipeline
+from helpers.pipeline import ROOT, TINY, copy_repository, environment, main
+from helpers.processes import Launched
+from PIL import Image
+
+from modeling.checkpoints.fingerprint import imported_files
+from modeling.inference.samples import SampleNoise
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    """A stand-in for the repository's root, so that tests leave no runs/ and wandb/ behind."""
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def trained(state, tmp_path_factory):
+    """The outputs of one small plain run of all stages, and what it printed."""
+    out = tmp_path_factory.mktemp("plain")
+    done = main(state, out, *TINY, f"out_dir={out}")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_all_stages_leave_their_products(trained):
+    out, done = trained
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    expected = {f"samples/{k:05}.png" for k in range(4)} | {
+        "samples.png",
+        "data/shapes/data.json",
+        "models/model.safetensors",
+        "reports/train.csv",
+        "reports/train.json",
+        "reports/curves.png",
+        "reports/samples/step-000000004.png",
+        "reports/samples.png",
+        "reports/nearest.png",
+        "reports/evaluate.json",
+    }
+    assert expected <= found
+    with (out / "reports/train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4"] and rows[-1]["images"] == "16"
+    train = json.loads((out / "reports/train.json").read_text())["train"]
+    assert train["held_out_loss"] == pytest.approx(float(rows[-1]["held_out_loss"]), rel=1e-6)
+    evaluate = json.loads((out / "reports/evaluate.json").read_text())["evaluate"]
+    assert evaluate["loss"] == pytest.approx(train["held_out_loss"], rel=1e-4)  # 16 images both times, EMA both times
+    assert sum(evaluate["bits_per_dim_parts"].values()) == pytest.approx(evaluate["bits_per_dim"])
+    assert Image.open(out / "samples/00000.png").size == (8, 8)
+    assert "parameters" in done.stdout and "wandb leet" in done.stdout
+
+
+def test_wandb_holds_the_run_and_never_the_code(trained, state):
+    folders = sorted((state / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and folders[0].name.split("-")[-1] == folders[1].name.split("-")[-1]  # train, evaluate
+    history, config = {}, ""
+    for folder in folders:
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        config += text
+        for line in text.splitlines():
+            history |= json.loads(line).get("history", {}).get("item", {})
+        assert not list(folder.rglob("*.patch")) and not list(folder.rglob("*.py"))
+    wanted = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images", "images_per_second", "held_out_loss")}
+    wanted |= {
+        "inputs",
+        "train/samples",
+        "evaluate/loss",
+        "evaluate/bits_per_dim",
+        "evaluate/bits_per_dim_parts/prior",
+        "evaluate/samples",
+        "evaluate/nearest",
+    }
+    missing = [key for key in wanted if not any(found == key or found.startswith(f"{key}.") for found in history)]
+    assert not missing, sorted(history)
+    assert "num_timesteps" in config and "artifact" in config
+
+
+def test_the_same_command_again_trains_nothing_and_publishes_the_same(trained, state, tmp_path):
+    out, _ = trained
+    shutil.copytree(out / "data", tmp_path / "data")
+    done = main(state, tmp_path, *TINY, f"out_dir={tmp_path}", "stage=train", WANDB_MODE="disabled")
+    assert done.returncode == 0 and "going on after step 4" in done.stdout
+    for name in ("models/model.safetensors", "reports/train.csv"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    shorter = main(
+        state, tmp_path, *TINY, f"out_dir={tmp_path}", "stage=train", "trainer.steps=2", WANDB_MODE="disabled"
+    )
+    assert shorter.returncode == 0 and "-upto-2" in shorter.stdout and "going on" not in shorter.stdout
+
+
+def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path):
+    (tmp_path / "models").mkdir()
+    weights = trained[0] / "models/model.safetensors"
+    sample = main(state, tmp_path, "stage=sample", f"model.weights={weights}", "sampler=ddim", "sampler.steps=2")
+    assert sample.returncode == 0, sample.stderr
+    assert len(list(tmp_path.glob("outputs/*/*/samples/*.png"))) == 64
+    many = main(state, tmp_path, "stage=sample", f"model.weights={weights}", "sampler.steps=21")
+    assert many.returncode == 2 and many.stderr == "error: sampler.steps=21: the model has 20 time steps\n"
+    shutil.copytree(weights.parent, state / "models")  # where a run under DVC leaves it
+    arguments = ["stage=evaluate", "sampler.steps=2", "evaluation.bpd_images=2", "evaluation.fid_samples=null"]
+    evaluate = main(state, tmp_path, *arguments, WANDB_MODE="disabled")
+    assert evaluate.returncode == 0, evaluate.stderr
+    assert list(tmp_path.glob("outputs/*/*/reports/evaluate.json")) and list((state / "runs/data").glob("shapes-*"))
+
+
+def test_models_go_to_diffusers_and_back(trained, state, tmp_path):
+    """The library's own pipeline draws our samples from the exported folder, and so do we."""
+    weights, common = trained[0] / "models/model.safetensors", ["precision=fp32", f"out_dir={tmp_path}"]
+    exported = main(state, tmp_path, "stage=export", f"model.weights={weights}", *common)
+    assert exported.returncode == 0, exported.stderr
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "diffusers")
+    pipeline.set_progress_bar_config(disable=True)
+    generators = SampleNoise(5, range(4), (3, 8, 8), "cpu").generators
+    images = pipeline(batch_size=4, generator=generators, num_inference_steps=20, output_type="np").images
+    for source in (weights, tmp_path / "diffusers"):
+        sampler = ["sampler=ddpm", "sampler.steps=20", "sampler.num_samples=4", "sampler.seed=5"]
+        sample = main(state, tmp_path, "stage=sample", f"model.weights={source}", *sampler, *common)
+        assert sample.returncode == 0, sample.stderr
+        for k, image in enumerate(images):
+            ours = np.asarray(Image.open(tmp_path / f"samples/{k:05}.png"))
+            assert np.abs(ours - 255 * image).max() <= 1.01  # one level of rounding
+    foreign = [f"model.weights={tmp_path / 'diffusers'}", "data=shapes", "data.image_size=8", "data.num_test=16"]
+    few = ["bpd_images=2", "bpd_timesteps=2", "fid_samples=null"]
+    small = ["sampler.steps=2", *(f"evaluation.{each}" for each in few), "precision=fp32"]
+    evaluate = main(state, tmp_path, "stage=evaluate", *foreign, "data.num_train=64", *small, WANDB_MODE="disabled")
+    assert evaluate.returncode == 0, evaluate.stderr
+
+
+BAD = {
+    "modle=tiny": "modle: no such key; allowed are data",
+    "model=huge": "Available options in 'model': ddpm small tiny",
+    "optimizer.momentum=0.9": "optimizer.momentum: a key of optimizer=sgd only",
+    "optimizer.lr=-1": "optimizer.lr=-1.0: must be greater than 0",
+    "trainer.batch_size=many": "trainer.batch_size: Value 'many'",
+    "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
+    "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: allowed are 1 to 1000000",
+    "diffusion.beta_end=1e-5": "diffusion.beta_start=0.0001: must be below beta_end",
+    "model.attention_resolutions=[7]": "model.attention_resolutions=7: the resolutions are [8, 4]",
+    "model.channel_mult=[1,1,1,1,1]": "model.channel_mult=[1, 1, 1, 1, 1]: images of 8 pixels must be divisible by 16",
+    "model.norm_groups=5": "model.norm_groups=5: must divide",
+    "sampler.steps=21": "sampler.steps=21: allowed are 1 to 20",
+    "stage=sample model.weights=absent": "no model in absent",
+    "stage=sample model.weights=damaged": "model damaged is damaged",
+    "stage=sample sampler.guidance_scale=2": "sampler.guidance_scale=2.0: the model is not class-conditional",
+    "stage=sample sampler.label=circle": "sampler.label=circle: the model is not class-conditional",
+    "stage=sample model.weights=empty": "empty/config.json cannot be read",
+    "stage=sample model.model_channels=32": "model.model_channels=32: the model in",
+    "stage=train model.weights=x": "model.weights=x: for stage=sample and stage=evaluate only",
+    "stage=train data.num_train=65 out_dir=nowhere": "no prepared data in nowhere",
+    "stage=train data.num_train=65 out_dir=taken": "taken/data/shapes was made with num_train=64: run stage=",
+    "--config-dir=conf experiment=broken": "while parsing a flow sequence",
+    "out_dir=occupied/x": "occupied",
+    "stage=train out_dir=taken": "taken/reports cannot be written",
+    "stage=evaluate out_dir=taken": "taken/reports cannot be written",
+    "stage=sample out_dir=taken": "taken/samples cannot be written",
+    "stage=evaluate out_dir=null data.image_size=16": "data=shapes: its images are [16, 16, 3], those of the model [8",
+    "a==b": "Error parsing override 'a==b'",
+    "data=folder data.path=empty": "no images in empty",
+    "data=folder data.path=unreadable": "unreadable/a.png cannot be read as an image",
+    "data=folder data.path=mixed": "all images must have one size",
+    "data=cifar10": "no complete CIFAR-10 in broken (data_batch_1: wrong MD5)",
+    "stage=train out_dir=null sampler.guidance_scale=2": "guidance_scale=2.0: the model is not class-conditional",
+    "stage=train out_dir=null model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are circle,",
+    "stage=train out_dir=null diffusion=sigmoid diffusion.tau=0.001": "diffusion.schedule=sigmoid: betas must be",
+    "stage=sample diffusion=cosine": "diffusion.schedule=cosine: the model in",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line(trained, tmp_path, arguments):
+    for name in ("empty", "unreadable", "mixed", "broken/cifar-10-batches-py"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "unreadable/a.png").write_bytes(b"no image")
+    (tmp_path / "broken/cifar-10-batches-py/data_batch_1").write_bytes(b"half")
+    for k in (8, 9):
+        Image.new("RGB", (k, k)).save(tmp_path / f"mixed/{k}.png")
+    (tmp_path / "damaged").write_bytes((trained[0] / "models/model.safetensors").read_bytes()[:5000])
+    (tmp_path / "occupied").write_text("a file")
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/broken.yaml").write_text("a: [1")
+    for name in ("models", "taken/models", "taken/data"):
+        shutil.copytree(trained[0] / Path(name).name, tmp_path / name)
+    for name in ("taken/reports", "taken/samples"):
+        (tmp_path / name).write_text("a file where a folder must be")
+    typed = arguments.split()
+    drop = "data." if any(a.startswith("data=") for a in typed) else "never"
+    out = [] if "out_dir" in arguments else [f"out_dir={tmp_path}"]
+    offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "CIFAR10_ROOT": "broken"}
+    small = [a for a in TINY if not a.startswith(drop)]
+    flags = [a for a in typed if a.startswith("--")]
+    command = [*flags, *small, *out, *(a for a in typed if a not in flags)]
+    run = Launched(tmp_path / "process", command, tmp_path, offline | {"DVC_ROOT": str(tmp_path)})
+    assert run.end() in (1, 2), run.printed()
+    (line,) = run.lines()
+    assert line.startswith("error: ") and BAD[arguments] in line
+    assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate.json"))
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate"])
+def test_dvc_depends_on_exactly_the_files_that_a_stage_imports(stage):
+    code = (
+        f"import sys, modeling.stages.{stage}\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'modeling'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {str(Path(file).relative_to(ROOT)) for file in done.stdout.split()}
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    assert {d for d in declared if d.endswith(".py")} == imported
+
+
+def test_the_fingerprint_covers_the_code_of_training():
+    names = {path.name for entry in ("training", "build") for path in imported_files(entry)}
+    assert {"training.py", "unet.py", "schedule.py", "diffusion.py", "ema.py", "data.py"} <= names
+    assert not {"tracking.py", "progress.py", "config.py", "evaluation.py"} & names
+
+
+def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
+    """A copy of the repository, as Git would hand it over; one experiment, the same again, then a changed sampler."""
+    repository = copy_repository(tmp_path)
+    env = environment(repository, WANDB_MODE="offline")
+
+    def experiment(*changes):
+        sets = [word for change in (*TINY, *changes) for word in ("-S", change)]
+        done = subprocess.run(["dvc", "exp", "run", *sets], cwd=repository, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {stage for stage in ("prepare", "train", "evaluate") if f"Running stage '{stage}'" in done.stdout}
+
+    assert experiment("optimizer.lr=0.0625", "optimizer.warmup_steps=0") == {"prepare", "train", "evaluate"}
+    with (repository / "reports/train.csv").open() as file:
+        assert {row["lr"] for row in csv.DictReader(file)} == {"0.0625"}
+    assert experiment("optimizer.lr=0.0625", "optimizer.warmup_steps=0") == set()
+    assert experiment("optimizer.lr=0.0625", "optimizer.warmup_steps=0", "sampler.seed=5") == {"evaluate"}
+    assert (
+        experiment("optimizer.lr=0.0625", "optimizer.warmup_steps=0", "sampler.seed=5", "wandb.mode=disabled") == set()
+    )
+    status = subprocess.run(["dvc", "status"], cwd=repository, env=env, capture_output=True, text=True)
+    assert "up to date" in status.stdout
