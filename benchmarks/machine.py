@@ -1,4 +1,4 @@
-"""What was measured on: the hardware, the versions, and the speed of its matrix products."""
+"""What was measured on: the hardware and the versions."""
 
 import os
 import platform
@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Contestant
-
 PACKAGES = ("torch", "torchvision", "diffusers", "denoising-diffusion-pytorch", "hydra-core", "dvc", "wandb")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine, as a record of results needs it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    probe: Any = getattr(torch.cpu, "get_capabilities", dict)
-    features = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if probe().get(name)]
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     found = {
         "cpu": _cpu(),
         "cores": cores,
-        "cpu_features": features,
+        "cpu_features": [f for f in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(f)],
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
@@ -30,8 +27,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
     }
     name = found["device"] if device.type == "cuda" else f"{found['cpu']} {cores} cores"
-    found["name"] = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return found
+    return found | {"name": re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")}
 
 
 def _version(package: str) -> str:
@@ -45,14 +41,3 @@ def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
     return match.group(1).strip() if match else platform.processor() or platform.machine()
-
-
-def matrix_product(device: torch.device, dtype: torch.dtype, size: int) -> Contestant:
-    """A product of two square matrices; returns its floating-point operations."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-
-    def work() -> float:
-        torch.mm(a, b)
-        return 2.0 * size**3
-
-    return work

@@ -1,4 +1,4 @@
-"""Times by turns: A, B, A, B, so that a machine that slows down slows all of them down and the ratios hold.
+"""Times by turns: A, B, B, A, so that a machine that slows down slows all of them down and the ratios hold.
 
 One round times every contestant once; a ratio is formed within a round, and its median and range are taken over rounds.
 """
@@ -8,19 +8,67 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context, get_start_method, set_start_method
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 Contestant = Callable[[], float]
 """Does some work and returns how much: images, floating-point operations, ..."""
 
 NOISY = "(diffusers|accelerate|torch).*"  # modules whose warnings are not about what is measured
 _hosted: list[Contestant] = []  # in the process of an Elsewhere
+
+
+class Elsewhere:
+    """A process of its own for contestants that run as their users have them, whatever this project sets for itself."""
+
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (get_start_method(),))
+
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What function(*arguments) returns there."""
+        return self.pool.submit(function, *arguments).result()
+
+    def contestant(self, make: Callable[..., Contestant], *arguments: Any) -> "Hosted":
+        """What make(*arguments) makes there."""
+        return Hosted(self, self.run(_host, make, arguments))
+
+    def clear(self) -> None:
+        """Drops all contestants and their memory."""
+        self.run(_clear)
+
+    def __enter__(self) -> "Elsewhere":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+class Hosted(NamedTuple):
+    """A contestant in another process."""
+
+    elsewhere: Elsewhere
+    position: int
+
+
+def _begin(start_method: str) -> None:
+    set_start_method(start_method, force=True)  # of a DataLoader's workers, which is not spawn by default
+    warnings.filterwarnings("ignore", module=NOISY)
+
+
+def _host(make: Callable[..., Contestant], arguments: Sequence[Any]) -> int:
+    _hosted.append(make(*arguments))
+    return len(_hosted) - 1
+
+
+def _clear() -> None:
+    _hosted.clear()
+
+
+def _hosted_turn(position: int, device: torch.device, seconds: float, warm: bool) -> float:
+    return turn(_hosted[position], device, seconds, warm)
 
 
 def wait(device: torch.device) -> None:
@@ -29,11 +77,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def turn(work: Contestant, device: torch.device, seconds: float, warm: bool = False) -> float:
+def turn(work: Contestant | Hosted, device: torch.device, seconds: float = 0.0, warm: bool = False) -> float:
     """Work per second: called until so many seconds have passed, at least once; the device is waited for.
 
     `warm`: once before that, for a contestant that finds memory and caches as another one has left them.
     """
+    if isinstance(work, Hosted):
+        return work.elsewhere.run(_hosted_turn, work.position, device, seconds, warm)
     if warm:
         work()
     wait(device)
@@ -46,51 +96,13 @@ def turn(work: Contestant, device: torch.device, seconds: float, warm: bool = Fa
     return done / (time.perf_counter() - start)
 
 
-@dataclass
-class Hosted:
-    """A contestant in another process."""
-
-    pool: ProcessPoolExecutor
-    position: int
-
-    def turn(self, device: torch.device, seconds: float, warm: bool = False) -> float:
-        """As the function."""
-        return self.pool.submit(_hosted_turn, self.position, device, seconds, warm).result()
-
-
-class Elsewhere:
-    """A process for contestants that are to run as their users have them, whatever this project sets for its own."""
-
-    def __init__(self) -> None:
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (get_start_method(),))
-
-    def contestant(self, make: Callable[..., Contestant], *arguments: Any) -> Hosted:
-        """What make(*arguments) makes there."""
-        return Hosted(self.pool, self.pool.submit(_host, make, arguments).result())
-
-    def clear(self) -> None:
-        """Drops all of them, and their memory."""
-        self.pool.submit(_hosted.clear).result()
-
-    def __enter__(self) -> "Elsewhere":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-
-def _begin(start_method: str) -> None:
-    set_start_method(start_method, force=True)  # of a DataLoader's workers, as it is where nobody has spawned anything
-    warnings.filterwarnings("ignore", module=NOISY)
-
-
-def _host(make: Callable[..., Contestant], arguments: Sequence[Any]) -> int:
-    _hosted.append(make(*arguments))
-    return len(_hosted) - 1
-
-
-def _hosted_turn(position: int, device: torch.device, seconds: float, warm: bool) -> float:
-    return turn(_hosted[position], device, seconds, warm)
+def by_turns(names: Sequence[str], rounds: int, measure: Callable[[str], Result]) -> dict[str, list[Result]]:
+    """What `measure` returns for each name in each round; the order is reversed from one round to the next."""
+    found: dict[str, list[Result]] = {name: [] for name in names}
+    for k in range(rounds):
+        for name in names[:: -1 if k % 2 else 1]:
+            found[name].append(measure(name))
+    return found
 
 
 def rates(
@@ -100,27 +112,20 @@ def rates(
     seconds: float = 0.0,
     warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Work per second of each contestant in each round, after one call of each that is not timed.
-
-    Args:
-        contestants: by name.
-        rounds: at least 1; the order turns round from one to the next.
-        device: waited for at both ends of a timing.
-        seconds: of a turn, at least, and warm: see turn.
-    """
-    turns = {name: work.turn if isinstance(work, Hosted) else partial(turn, work) for name, work in contestants.items()}
-    for take in turns.values():
-        take(device, 0.0, False)
-    found: dict[str, list[float]] = {name: [] for name in contestants}
-    for k in range(rounds):
-        for name in list(turns)[:: -1 if k % 2 else 1]:
-            found[name].append(turns[name](device, seconds, warm))
-    return found
+    """Work per second of each contestant in each round, see `turn`, after one call of each that is not timed."""
+    for work in contestants.values():
+        turn(work, device)
+    return by_turns([*contestants], rounds, lambda name: turn(contestants[name], device, seconds, warm))
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, smallest, largest and number."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def spreads(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The spread of each."""
+    return {name: spread(values) for name, values in found.items()}
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:

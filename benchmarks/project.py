@@ -1,31 +1,30 @@
 """This project as a contestant: built by its own code, from its own configuration, doing all that a step does."""
 
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Contestant
 from modeling.build import build_model
 from modeling.config import load_config
-from modeling.data.prepared import LabelledImages
+from modeling.data.prepared import LabelledImages, Prepared
 from modeling.data.sources import shapes
 from modeling.diffusion.model import DiffusionModel
 from modeling.inference.device import Compute, choose_compute
-from modeling.reliability.errors import ConfigError, UserError
 from modeling.settings import Config
-from modeling.training.optimizer import build_optimizer
+from modeling.training.state import CheckpointFolder
 from modeling.training.trainer import Reporter, Trainer
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NOWHERE = CheckpointFolder(Path(os.devnull))  # nothing can be saved there
 
 
 def configure(*overrides: str) -> Config:
@@ -34,13 +33,9 @@ def configure(*overrides: str) -> Config:
         return load_config(compose("config", list(overrides)), overrides)
 
 
-def command_line(main: Callable[[], None]) -> None:
-    """Runs a benchmark; what its user can put right is one line, as in main.py."""
-    try:
-        main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(error.exit_code if isinstance(error, UserError) else ConfigError.exit_code) from None
+def compute_of(config: Config) -> Compute:
+    """The device and the precision, chosen as every stage chooses them."""
+    return choose_compute(config.device, config.precision, config.deterministic)
 
 
 @dataclass
@@ -57,6 +52,7 @@ class Task:
         height, width, channels = self.images.shape[1:]
         return channels, height, width
 
+    @property
     def data(self) -> LabelledImages:
         """The images as this project has them; all labels are 0."""
         images = torch.from_numpy(self.images).permute(0, 3, 1, 2)
@@ -67,48 +63,40 @@ class Task:
         c = self.config
         return self.compute.place_model(build_model(c.model, c.diffusion, self.images.shape[1:], 0, c.seed))
 
+    def trainer(self) -> Trainer:
+        """It saves nothing, and its held-out loss means nothing."""
+        data: Any = SimpleNamespace(train=self.data, test=self.data.first(1))
+        return Trainer(self.config, self.model(), data, self.compute, NOWHERE, Reporter())
+
 
 def make_task(overrides: Sequence[str], image_size: int = 32, num_images: int = 2000, precision: str = "auto") -> Task:
     """The embedded shapes under a configuration: no download, and the pixels do not matter to speed."""
     config = configure("data=shapes", f"precision={precision}", *overrides)
     (images, _), _, _ = shapes(num_images, 1, image_size, 0)
-    return Task(config, images, choose_compute(config.device, config.precision, config.deterministic))
+    return Task(config, images, compute_of(config))
 
 
-def make_trainer(
-    task: Task, folder: Path | None = None, reporter: Reporter | None = None, test: LabelledImages | None = None
-) -> Trainer:
-    """The Trainer of a task; it saves nothing unless it is run.
+def trainer_on(config: Config, data: Prepared, folder: Path, reporter: Reporter) -> Trainer:
+    """The trainer of a whole run on prepared data, with its checkpoints in the folder."""
+    compute = compute_of(config)
+    model = build_model(config.model, config.diffusion, data.shape, len(data.classes), config.seed)
+    return Trainer(config, compute.place_model(model), data, compute, CheckpointFolder(folder), reporter)
 
-    Args:
-        task: its images are what is trained on.
-        folder: of the checkpoints.
-        reporter: hears what happens; None: nobody does.
-        test: for the held-out loss; None: one of the training images, where that loss does not matter.
-    """
-    c, model, data = task.config, task.model(), task.data()
-    return Trainer(
-        model,
-        build_optimizer(c.optimizer, model.parameters()),
-        c.optimizer,
-        c.trainer,
-        c.seed,
-        data,
-        test or data.first(1),
-        task.compute,
-        folder or Path(tempfile.gettempdir()) / "no-checkpoints",
-        reporter or Reporter(),
-    )
+
+def train_step(trainer: Trainer) -> None:
+    """One whole step: batch, noise, loss, gradients, clipping, optimizer, EMA; the loss is read when it is logged."""
+    trainer._train_step()
+    if trainer.step % trainer.config.log_every == 0:
+        trainer._count_time()
+        trainer.state.means()
 
 
 def training(task: Task) -> Contestant:
-    """One whole step: batch, noise, loss, gradients, clipping, optimizer, EMA; the loss read when it is logged."""
-    trainer = make_trainer(task)
+    """Training steps."""
+    trainer = task.trainer()
 
     def work() -> float:
-        trainer._train_step()
-        if trainer.step % task.config.trainer.log_every == 0:
-            trainer.watch.look(trainer.step)
+        train_step(trainer)
         return task.config.trainer.batch_size
 
     return work

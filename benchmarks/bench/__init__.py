@@ -1,0 +1,1 @@
+"""The speed of this project beside that of its peers."""
