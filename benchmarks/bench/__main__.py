@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bench import report, sections, startup
 from benchmarks.bench.scaling import scaling
-from benchmarks.bench.sections import Size, sized
+from benchmarks.bench.size import Size, sized
 from benchmarks.machine import describe
 from benchmarks.measure import NOISY, Elsewhere
 from benchmarks.project import RESULTS

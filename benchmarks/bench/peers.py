@@ -194,7 +194,7 @@ def plain_training(task: Task) -> Contestant:
 
 
 def diffusers_sampling(task: Task, name: str, steps: int, batch_size: int) -> Contestant:
-    """A pipeline of diffusers with the task's weights and its own defaults: float32; network evaluations times images."""
+    """diffusers' pipeline with the task's weights and its own defaults, float32; network evaluations times images."""
     import diffusers
 
     unet = diffusers_unet(task, task.model()).eval()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import project
-from benchmarks.bench.sections import Size
+from benchmarks.bench.size import Size
 from benchmarks.measure import Elsewhere, by_turns, rates, spreads
 from benchmarks.project import ROOT, Task, make_task
 
@@ -20,10 +20,9 @@ from benchmarks.project import ROOT, Task, make_task
 def scaling(size: Size) -> dict[str, Any]:
     """All of it."""
     model = "tiny" if size.model == "tiny" else "small"
-    batches = (2,) if model == "tiny" else (1, 4, 16, 64)
-    most = batches[-1]
+    most = size.batches[-1]
     part = max(1, most // 4)
-    memory = {str(batch): peak_memory(model, batch) for batch in batches}
+    memory = {str(batch): peak_memory(model, batch) for batch in size.batches}
     memory[f"{most}, micro batches of {part}"] = peak_memory(model, most, f"trainer.micro_batch_size={part}")
 
     def task(batch: int = most, image_size: int = 32, total: int = 1000) -> Task:
@@ -40,18 +39,18 @@ def scaling(size: Size) -> dict[str, Any]:
 
     return {
         "model": model,
-        "images_per_second_by_batch": speeds({b: task(b) for b in batches}),
+        "images_per_second_by_batch": speeds({b: task(b) for b in size.batches}),
         "images_per_second_by_image_size": speeds({s: task(most // 2, s) for s in (16, 32, 64)}),
         "images_per_second_by_T": speeds({total: task(total=total) for total in (10, 1000, 4000)}),
         "peak_megabytes_by_batch": memory,
-        "images_per_second_by_processes": processes(model, size.rounds),
+        "images_per_second_by_processes": processes(model, size),
     }
 
 
-def processes(model: str, rounds: int) -> dict[str, Any]:
-    """Training by the real command, with 1 and 2 processes by turns; on a CPU they share its cores."""
+def processes(model: str, size: Size) -> dict[str, Any]:
+    """Training by the real command, with 1 and 2 processes by turns: a device each, or on a CPU a share of its cores."""
     batch, steps = (2, 4) if model == "tiny" else (32, 60)
-    counts = ("1", "2") if torch.cuda.device_count() != 1 else ("1",)  # a device each
+    counts = [str(n) for n in size.processes if n <= torch.cuda.device_count() or not torch.cuda.is_available()]
     command = [sys.executable, str(ROOT / "main.py"), "stage=train", "data=shapes", "data.num_train=640"]
     command += ["data.num_test=16", f"model={model}", "sampler=ddim", f"trainer.steps={steps}"]
     command += [f"trainer.{name}_every={steps}" for name in ("log", "evaluate", "sample", "checkpoint")]
@@ -66,7 +65,7 @@ def processes(model: str, rounds: int) -> dict[str, Any]:
             report = json.loads((Path(folder) / "reports/train.json").read_text())
             return float(report["train"]["images_per_second"])
 
-    return spreads(by_turns(counts, rounds, train))
+    return spreads(by_turns(counts, size.rounds, train))
 
 
 def peak_memory(model: str, batch: int, *more: str) -> float:

@@ -4,7 +4,6 @@ A rate is the spread of work per second over the rounds; a ratio compares two co
 """
 
 import tempfile
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from benchmarks import project
 from benchmarks.bench import peers
+from benchmarks.bench.size import Size
 from benchmarks.measure import Contestant, Elsewhere, Hosted, rates, ratio, spread, spreads
 from benchmarks.project import make_task
 from modeling.diffusion.model import DiffusionModel
@@ -27,36 +27,6 @@ OURS = "this project"
 COMPILED = "this project, compiled"
 LOADER = "torchvision's DataLoader"
 STEPS = {"ddpm": 1000, "ddim": 50, "dpm_solver": 20}  # network evaluations of a sample, as it is usually drawn
-
-
-@dataclass
-class Size:
-    """How much is measured."""
-
-    model: str
-    batch: int
-    sample_batch: int
-    evaluations: int  # of the network, for each sample
-    rounds: int
-    matrix: int  # rows of the matrix product that stands for the peak
-    data_batch: int = 128
-    seconds: float = 0.5  # of a turn, at least
-    commands: bool = True  # whether whole stages are timed too
-
-
-SIZES = {
-    "full": Size("ddpm", 32, 8, 5, 5, 2048),
-    "quick": Size("ddpm", 4, 2, 3, 3, 2048),
-    "tiny": Size("tiny", 2, 2, 2, 1, 64, data_batch=8, seconds=0, commands=False),
-    "gpu": Size("ddpm", 128, 64, 50, 7, 8192),
-}
-
-
-def sized(device: torch.device, mode: str) -> Size:
-    """The size of a mode; a GPU gets enough work."""
-    if device.type == "cuda" and mode != "tiny":
-        return replace(SIZES["gpu"], rounds=3) if mode == "quick" else SIZES["gpu"]
-    return SIZES[mode]
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype, size: int) -> Contestant:

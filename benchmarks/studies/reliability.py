@@ -3,8 +3,8 @@
 Speed: steps per second of the demo's network with checkpoints every 1,000 steps, CSV and an offline W&B run, as a ratio
 to the same steps without any of them, by turns in fresh processes, in --rounds rounds of --steps steps. That ratio has
 the noise of the machine in it, so the time inside the guarantees is also taken within a run: what it leaves for
-training. Memory: the resident memory of --memory_steps steps of a very small network with everything on, as the mean of each
-thousand steps.
+training. Memory: the resident memory of --memory_steps steps of a very small network with everything on, as the mean of
+each thousand steps.
 """
 
 import os
