@@ -48,7 +48,7 @@ def scaling(size: Size) -> dict[str, Any]:
 
 
 def processes(model: str, size: Size) -> dict[str, Any]:
-    """Training by the real command, with 1 and 2 processes by turns: a device each, or on a CPU a share of its cores."""
+    """Training by the real command, with 1 and 2 processes by turns: a device each, on a CPU a share of its cores."""
     batch, steps = (2, 4) if model == "tiny" else (32, 60)
     counts = [str(n) for n in size.processes if n <= torch.cuda.device_count() or not torch.cuda.is_available()]
     command = [sys.executable, str(ROOT / "main.py"), "stage=train", "data=shapes", "data.num_train=640"]
