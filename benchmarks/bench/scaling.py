@@ -22,7 +22,8 @@ def scaling(size: Size) -> dict[str, Any]:
     model = "tiny" if size.model == "tiny" else "small"
     most = size.batches[-1]
     part = max(1, most // 4)
-    memory = {str(batch): peak_memory(model, batch) for batch in size.batches}
+    curve = size.batches if len(size.batches) > 1 else ()  # a single batch shows nothing about memory
+    memory = {str(batch): peak_memory(model, batch) for batch in curve}
     memory[f"{most}, micro batches of {part}"] = peak_memory(model, most, f"trainer.micro_batch_size={part}")
 
     def task(batch: int = most, image_size: int = 32, total: int = 1000) -> Task:

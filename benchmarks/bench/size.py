@@ -25,7 +25,7 @@ class Size:
 SIZES = {
     "full": Size("ddpm", 32, 8, 5, 5, 2048),
     "quick": Size("ddpm", 4, 2, 3, 3, 2048),
-    "tiny": Size("tiny", 2, 1, 2, 1, 64, data_batch=8, seconds=0, commands=False, processes=(2,), batches=(2,)),
+    "tiny": Size("tiny", 2, 1, 2, 1, 64, data_batch=8, seconds=0, commands=False, processes=(1,), batches=(2,)),
     "gpu": Size("ddpm", 128, 64, 50, 7, 8192),
 }
 
