@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,7 @@ from modeling.reliability.errors import ConfigError, UserError
 Found = dict[str, Any]
 
 
-def as_json(found: Any) -> str:
-    """The results as text."""
-    return json.dumps(found, indent=2)
+as_json = partial(json.dumps, indent=2)
 
 
 def run_study(
@@ -31,14 +30,11 @@ def run_study(
     arguments: Sequence[str] | None = None,
     **options: Any,
 ) -> Found:
-    """Parses the command line, measures, prints the results and returns them; what the user can correct is one line.
+    """Parses the command line, measures, prints the results as `text` and returns them; bad input is one line.
 
     Args:
         measure: called with the list of overrides and the options.
-        plot: draws the results into a PNG.
-        text: what is printed.
-        out: the default of --out, the path without ending of the JSON and the PNG; None: no files.
-        arguments: None: those of the process.
+        out: the default of --out, the path without ending of the JSON and the PNG of `plot`; None: no files.
         options: of the command line: a default, or the type of one that must be given.
     """
     about = inspect.getdoc(inspect.getmodule(measure))

@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,20 @@ PACKAGES = ("torch", "torchvision", "diffusers", "denoising-diffusion-pytorch", 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine, as a record of results needs it."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = {found.name.replace("_", "-"): found.version for found in distributions()}
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     found = {
-        "cpu": _cpu(),
+        "cpu": match.group(1).strip() if match else platform.processor() or platform.machine(),
         "cores": cores,
         "cpu_features": [f for f in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(f)],
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
         "system": platform.system(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: versions.get(name, "not installed") for name in PACKAGES},
     }
     name = found["device"] if device.type == "cuda" else f"{found['cpu']} {cores} cores"
     return found | {"name": re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()

@@ -21,15 +21,15 @@ NOISY = "(diffusers|accelerate|torch).*"  # modules whose warnings are not about
 _hosted: list[Contestant] = []  # in the process of an Elsewhere
 
 
-class Elsewhere:
+class Elsewhere(ProcessPoolExecutor):
     """A process of its own for contestants that run as their users have them, whatever this project sets for itself."""
 
     def __init__(self) -> None:
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (get_start_method(),))
+        super().__init__(1, get_context("spawn"), _begin, (get_start_method(),))
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What function(*arguments) returns there."""
-        return self.pool.submit(function, *arguments).result()
+        return self.submit(function, *arguments).result()
 
     def contestant(self, make: Callable[..., Contestant], *arguments: Any) -> "Hosted":
         """What make(*arguments) makes there."""
@@ -38,12 +38,6 @@ class Elsewhere:
     def clear(self) -> None:
         """Drops all contestants and their memory."""
         self.run(_clear)
-
-    def __enter__(self) -> "Elsewhere":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
 
 
 class Hosted(NamedTuple):

@@ -4,6 +4,7 @@ PyTorch's own table over --steps steps, its --rows largest.
 """
 
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -31,18 +32,13 @@ def measure(overrides: list[str], steps: int, rows: int) -> dict[str, Any]:
             work()
         wait(device)
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    about = {"model": task.config.model.name, "batch": task.config.trainer.batch_size, "steps": steps}
     table = found.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=40)
-    return about | {"table": table, "machine": describe(device)}
+    c, machine = task.config, describe(device)
+    head = f"model={c.model.name}, batch {c.trainer.batch_size}, {steps} steps, {machine['name']}"
+    return {"table": f"{head}\n\n{table}", "machine": machine}
 
 
-def text(found: dict[str, Any]) -> str:
-    """The table under what it is of."""
-    head = f"model={found['model']}, batch {found['batch']}, {found['steps']} steps, {found['machine']['name']}"
-    return f"{head}\n\n{found['table']}"
-
-
-main = partial(run_study, measure, text=text, steps=3, rows=12)
+main = partial(run_study, measure, text=itemgetter("table"), steps=3, rows=12)
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import figure, run_study
+from benchmarks.command import as_json, figure, run_study
 from benchmarks.machine import describe
 from benchmarks.project import RESULTS, compute_of, configure, trainer_on
 from modeling.data.prepared import prepare
@@ -64,7 +64,7 @@ def measure(overrides: list[str], steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "held_out_loss": {name: rows[-1]["held_out_loss"] for name, rows in runs.items()},
-        "percent_from_float32_in_the_second_half": found,
+        "percent_from_float32_over_the_second_half": found,
         "rows": runs,
         "machine": describe(compute_of(configure(*common)).device),
     }
@@ -72,16 +72,7 @@ def measure(overrides: list[str], steps: int) -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> str:
     """All but the rows."""
-    lines = [
-        f"{name}: held-out loss after {found['steps']} steps {loss:.5f}"
-        for name, loss in found["held_out_loss"].items()
-    ]
-    for name, values in found["percent_from_float32_in_the_second_half"].items():
-        lines.append(
-            f"{name} against float32, second half of the steps, {values['losses']} logged losses: mean difference "
-            f"{values['mean']:+.2f} %, largest {values['largest']:.2f} %"
-        )
-    return "\n".join(lines)
+    return as_json({key: value for key, value in found.items() if key != "rows"})
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
