@@ -1,4 +1,4 @@
-"""The packages: who may import whom, how many arguments a function takes, and that registries, settings and conf agree."""
+"""The packages: who may import whom; few arguments; registries, settings and conf/ with the same choices."""
 
 import ast
 import importlib.util
