@@ -95,7 +95,7 @@ def test_no_function_takes_many_arguments():
 @pytest.mark.parametrize("name", REGISTRIES)
 def test_registry_settings_and_conf_have_the_same_choices(name):
     schema = GROUPS[name]
-    files = {path.stem: path for path in (ROOT / "conf" / name).glob("[!_]*.yaml")}
+    files = {path.stem: path for path in (ROOT / "conf" / name).glob("*.yaml")}
     assert REGISTRIES[name].keys() == schema.choices.keys() == files.keys()
     for choice, path in files.items():
         assert yaml.safe_load(path.read_text())[schema.key] == choice
@@ -104,4 +104,5 @@ def test_registry_settings_and_conf_have_the_same_choices(name):
 
 def test_every_group_has_a_folder_of_conf():
     folders = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
-    assert folders == {*GROUPS, "experiment"}
+    assert folders == {*GROUPS, "experiment", "shared"}
+    assert {path.stem for path in (ROOT / "conf/shared").iterdir()} <= GROUPS.keys()
