@@ -35,12 +35,13 @@ def missing_tests(span):
 
 def missing_files(span):
     for name in re.findall(r"[\w./-]+", span):
-        inside = name.split("/")[0] in FOLDERS and "/" in name
-        if inside and not (ROOT / name).exists():
+        if name.split("/")[0] in FOLDERS and "/" in name and not (ROOT / name).exists():
             yield name
-        if re.fullmatch(r"\w+\.py", name) and not (ROOT / name).exists():
-            if not any(found for folder in FOLDERS for found in (ROOT / folder).rglob(name)):
-                yield name
+    for name in re.findall(r"(?<![\w./-])\w+\.py\b", span):
+        if not any(
+            place.exists() for place in (ROOT / name, *(f for top in FOLDERS for f in (ROOT / top).rglob(name)))
+        ):
+            yield name
 
 
 def missing_commands(span):
