@@ -14,8 +14,15 @@ from modeling.checkpoints.run_folder import read_notes
 from modeling.data.prepared import LabelledImages, Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first
-from modeling.evaluation import fid
 from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
+from modeling.evaluation.fid import (
+    Inception,
+    Unavailable,
+    kept_samples,
+    load_inception,
+    quality_metrics,
+    reference_features,
+)
 from modeling.evaluation.nearest import nearest_images, panel
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import sample_grid, save_png
@@ -103,21 +110,21 @@ def _nearest(images: Tensor, data: Prepared, meta: dict[str, Any]) -> tuple[dict
     return distances, panel(images[:count], found.images[:count])
 
 
-def _inception(config: Config, compute: Compute) -> fid.Inception | str:
+def _inception(config: Config, compute: Compute) -> Inception | str:
     """The feature extractor of FID and its relatives, or why they are left out."""
     e = config.evaluation
     if e.fid_samples is None:
         return "evaluation.fid_samples=null"
     try:
-        return fid.load_inception(e.inception_weights, e.inception_sha256, compute.device)
-    except fid.Unavailable as reason:
+        return load_inception(e.inception_weights, e.inception_sha256, compute.device)
+    except Unavailable as reason:
         log.warning("FID and its relatives are left out: %s", reason)
         return str(reason)
 
 
 def _quality(
     config: Config,
-    inception: fid.Inception,
+    inception: Inception,
     model: DiffusionModel,
     meta: dict[str, Any],
     data: Prepared,
@@ -139,7 +146,7 @@ def _quality(
     code = code_hash("inference.samples", "build")
     drawn_with = facts | {"steps": s.steps, "diffusion": meta["config"]["diffusion"], "code": code}
     root = state_root() / "runs"
-    samples = fid.kept_samples(
+    samples = kept_samples(
         root / meta["run"] / "samples-for-fid" / fingerprint(drawn_with),
         e.fid_samples,
         e.batch_size,
@@ -147,15 +154,15 @@ def _quality(
     )
     pool, logits = inception.features(samples)
     train = data.train.images
-    reference = fid.reference_features(inception, train, data.sha256["train"], root / "reference", e.batch_size)
-    metrics = fid.quality_metrics(pool, logits, reference) if is_first() else {}
+    reference = reference_features(inception, train, data.sha256["train"], root / "reference", e.batch_size)
+    metrics = quality_metrics(pool, logits, reference) if is_first() else {}
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     made = {"num_samples": e.fid_samples, "reference": f"{len(train)} training images, not flipped"}
     return metrics | made | facts | {"inception_sha256": inception.sha256}
 
 
 def _numbers(prefix: str, report: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a nested report under names like evaluate/quality/fid."""
+    """The numbers of a nested report under names like evaluate/quality/"""
     found: dict[str, Any] = {}
     for key, value in report.items():
         if isinstance(value, dict):
