@@ -65,7 +65,7 @@ class WandbRun:
         )
         if mode == "online":
             try:
-                if not wandb.login(prompt=False, verify=False, timeout=int(settings.timeout)):
+                if not wandb.login(prompt=False, verify=False):
                     raise RuntimeError("no API key: set WANDB_API_KEY or run `wandb login`")
                 self.run = start(mode="online")
             except Exception as error:  # not only W&B's own kinds
