@@ -43,6 +43,15 @@ class WandbRun:
         self.run: Any = None
         self.folder: Path | None = None  # of this process's files, if the run is offline
         self.first = 0  # the first step that W&B's server does not have
+        options = wandb.Settings(
+            init_timeout=settings.timeout,
+            finish_timeout=settings.timeout,
+            save_code=False,
+            disable_code=True,
+            disable_git=True,  # else W&B uploads the difference to the last commit
+            console="off",
+            silent=True,
+        )
         start = partial(
             wandb.init,
             project=settings.project,
@@ -53,18 +62,11 @@ class WandbRun:
             resume="allow",
             allow_val_change=True,  # evaluated again with another sampler
             dir=str(root),
-            settings=wandb.Settings(
-                init_timeout=settings.timeout,
-                finish_timeout=settings.timeout,
-                save_code=False,
-                disable_code=True,
-                disable_git=True,  # else W&B uploads the difference to the last commit
-                console="off",
-                silent=True,
-            ),
+            settings=options,
         )
         if mode == "online":
             try:
+                wandb.setup(options)  # else the login asks the server for the name of the user
                 if not wandb.login(prompt=False, verify=False):
                     raise RuntimeError("no API key: set WANDB_API_KEY or run `wandb login`")
                 self.run = start(mode="online")
