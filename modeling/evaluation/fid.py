@@ -56,7 +56,6 @@ class Inception:
 
         `images` are batches of uint8 [B, C, H, W]; C = 3, or 1, which is repeated.
         """
-
         network = self.network.to(self.device)
 
         def run(batch: Tensor, rows: range) -> Tensor:

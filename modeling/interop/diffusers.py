@@ -51,8 +51,7 @@ KEYS = {"num_res_blocks": ("layers_per_block", 2), "dropout": ("dropout", 0.0), 
 def load_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and metadata of a folder, as load_model returns them for a published model.
 
-    Raises:
-        UserError: something is missing, damaged, or cannot be expressed; the message names it.
+    UserError names what is missing, damaged, or cannot be expressed.
     """
     unet, scheduler = (part if part.is_dir() else folder for part in (folder / "unet", folder / "scheduler"))
     model, image_shape = _model_config(_read_json(unet / "config.json"), folder)
@@ -156,16 +155,9 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, meta: Mapping[str, Any]) -> None:
-    """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads.
+    """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads; ConfigError if it cannot express the model.
 
-    Args:
-        weights: of our UNet.
-        betas: float64 [T], of the model's schedule.
-        meta: as load_model returns it.
-
-    Raises:
-        ConfigError: the pipeline cannot express the model.
-        UserError: the folder cannot be written.
+    `weights` are of our UNet, `betas` [T] of the model's schedule, and `meta` is as load_model returns it.
     """
     m, d = meta["config"]["model"], meta["config"]["diffusion"]
     height, width, channels = meta["image_shape"]

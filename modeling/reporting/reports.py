@@ -22,12 +22,9 @@ from modeling.training.trainer import Reporter
 
 
 class Reports(Reporter):
-    """What the trainer reports, passed on.
+    """What the trainer reports, passed on; curves and pictures are kept in the run's folder.
 
-    Args:
-        run: the curves and pictures are kept in its folder.
-        examples: uint8 [N, C, H, W], real inputs to show.
-        num_classes: of a class-conditional model, which get a row each in the sample grids; else 0.
+    `examples`, uint8 [N, C, H, W], are real inputs to show; each of `num_classes` gets a row in the sample grids.
     """
 
     def __init__(self, run: Run, progress: Progress, wandb_run: WandbRun, examples: Tensor, num_classes: int) -> None:

@@ -24,14 +24,10 @@ MARK = "repeated-by-a-later-folder"  # a file in the offline folders of processe
 
 
 class WandbRun:
-    """One W&B run, or none if the mode is `disabled` or W&B fails.
+    """One W&B run, or none if the mode is `disabled` or W&B fails; the same `run_id` continues the same run.
 
-    Args:
-        settings: the wandb group; WANDB_MODE in the environment overrides its mode, ConfigError if that is unknown.
-        config: the run's hyperparameters.
-        run_id: the same id continues the same run.
-        name: in the dashboard.
-        root: wandb/ is made there (W&B itself uses a temporary folder if it cannot).
+    WANDB_MODE in the environment overrides the mode of the settings; ConfigError if it is unknown. Its files are in wandb/
+    under `root`, or in a temporary folder if that cannot be written.
     """
 
     def __init__(

@@ -38,11 +38,7 @@ NEAREST = (10, 7)  # samples in the panel, and neighbours of each
 
 
 def run(config: Config, out: Path) -> None:
-    """Writes reports/evaluate.json, reports/samples.png and reports/nearest.png under `out`.
-
-    Raises:
-        UserError: bad model file, data that does not fit it, or an output that cannot be written.
-    """
+    """Writes reports/evaluate.json, reports/samples.png and reports/nearest.png under `out`, else raises UserError."""
     compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, data_config = load_for(config, out)
     check_sampler_of(config, model, meta)
