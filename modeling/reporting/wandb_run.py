@@ -26,8 +26,8 @@ MARK = "repeated-by-a-later-folder"  # a file in the offline folders of processe
 class WandbRun:
     """One W&B run, or none if the mode is `disabled` or W&B fails; the same `run_id` continues the same run.
 
-    WANDB_MODE in the environment overrides the mode of the settings; ConfigError if it is unknown. Its files are in wandb/
-    under `root`, or in a temporary folder if that cannot be written.
+    WANDB_MODE in the environment overrides the mode of the settings; ConfigError if it is unknown. Its files lie in
+    wandb/ under `root`, or in a temporary folder if that cannot be written.
     """
 
     def __init__(
