@@ -56,12 +56,11 @@ class Reports(Reporter):
 
     def _log(self, row: Mapping[str, float]) -> None:
         """Logs a row of the curves to W&B, with the picture of its step if that is drawn already."""
-        step, picture = int(row["step"]), self._picture(int(row["step"]))
-        values: dict[str, float | Path] = {f"train/{key}": row[key] for key in row if key not in ("step", "seconds")}
-        values["train/images_per_second"] = row["images"] / row["seconds"]
-        if picture.exists():
-            values["train/samples"] = picture
-        self.wandb_run.log(values, step)
+        step = int(row["step"])
+        values = {f"train/{key}": row[key] for key in row if key not in ("step", "seconds")}
+        self.wandb_run.log(values | {"train/images_per_second": row["images"] / row["seconds"]}, step)
+        if self._picture(step).exists():  # in a call of its own as in `sampled`: W&B's names of pictures depend on it
+            self.wandb_run.log({"train/samples": self._picture(step)}, step)
 
     def stepped(self, step: int) -> None:
         self.progress.stepped(step)
