@@ -26,13 +26,13 @@ RECIPE = [
 
 
 def launch(folder, *changes, stage="train", recipe=RECIPE, limits=None, out="out", **environment):
-    """A process of main.py with its output in `folder`/`out` and, unless DVC_ROOT says otherwise, its state in root/."""
+    """A process of main.py with its output in `folder`/`out` and, unless DVC_ROOT is given, its state in root/."""
     arguments = [*recipe, f"stage={stage}", f"out_dir={folder / out}", *changes]
     return Launched(folder, arguments, folder, environment, limits)
 
 
 def finish(folder, *changes, code=0, **options):
-    """Launches a process, waits for the exit code, and gives what it printed."""
+    """Launches a process and checks its exit code; gives all that it printed, or its one line if it failed."""
     run = launch(folder, *changes, **options)
     assert run.end() == code, run.printed()
     return run.printed() if code == 0 else run.last_line()
