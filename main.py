@@ -5,7 +5,9 @@ import logging
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 import yaml
@@ -16,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from modeling.config import load_config, no_such_key
-from modeling.distributed import launcher as launch
+from modeling.distributed import launcher
 from modeling.reliability.errors import ConfigError, Stopped, UserError, explain
 from modeling.reliability.signals import resume_command, stop_requests
 
@@ -33,15 +35,14 @@ def run(cfg: DictConfig) -> None:
         config = load_config(cfg, settings.overrides.task)
         resume = config.trainer.resume
         out = Path(config.out_dir or settings.runtime.output_dir)
-        count = launch.check_processes(config, settings.mode == RunMode.MULTIRUN)
-        if launch.must_launch(config):
-            raise SystemExit(launch.launch(count, settings.runtime.output_dir, TYPED, resume))
-        with launch.joined(config, out) as out:
+        count = launcher.workers_to_start(config, settings.mode == RunMode.MULTIRUN)
+        if count:
+            raise SystemExit(launcher.launch(count, settings.runtime.output_dir, TYPED, resume))
+        with launcher.joined(config, out) as out:
             for stage in ORDER if config.stage == "all" else (config.stage,):
-                launch.poll_together()
-                if launch.rank() == 0 or stage in launch.TOGETHER:
+                launcher.poll_all()  # what the first process has written in the stage before is there
+                if launcher.takes_part(stage):
                     importlib.import_module(f"modeling.stages.{stage}").run(config, out)
-                launch.wait_for_all()  # what the first process has written is there for the next stage
     except Exception as error:  # here, since Hydra adds a line to what leaves this function
         _end(error, stage, resume)
 
@@ -50,19 +51,17 @@ def main() -> None:
     """Runs the command line; what a user can put right is one line, without a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
     logging.raiseExceptions = False  # a log file on a full disk must not hide what went wrong
-    sys.argv += launch.overrides()
+    sys.argv += launcher.overrides()
     try:
         with stop_requests():
             run()
-    except Exception as error:  # what Hydra raises before `run`; _end raises again what is a bug
+    except Exception as error:  # what Hydra raises before `run`
         _end(error)
 
 
-def _end(error: Exception, stage: str = "", resume: str = "auto") -> None:
-    """Ends the process with one line, or passes on what is a bug."""
+def _end(error: Exception, stage: str = "", resume: str = "auto") -> NoReturn:
+    """Ends the process with one line, or with the traceback of a bug."""
     code = error.exit_code if isinstance(error, UserError) else 1
-    if not launch.may_tell(error):
-        raise SystemExit(code)
     if isinstance(error, Stopped):
         begun = error.trained or stage in ("sample", "evaluate")
         line: str | None = f"{error}; to go on: {resume_command(TYPED, resume if begun else 'auto')}"
@@ -73,9 +72,7 @@ def _end(error: Exception, stage: str = "", resume: str = "auto") -> None:
     else:
         known = str(error) if isinstance(error, UserError) else explain(error, stage)
         line = known and f"error: {known}"
-    if line is None:
-        raise error
-    print(" ".join(line.split()), file=sys.stderr)
+    launcher.print_last(" ".join(line.split()) if line else "".join(traceback.format_exception(error)).rstrip(), code)
     raise SystemExit(code)
 
 

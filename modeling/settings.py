@@ -7,6 +7,7 @@ of its own. Imports no torch, so that main.py starts fast.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 MAX_TIMESTEPS = 1_000_000  # T: more would not fit into the memory of a small machine
@@ -26,16 +27,9 @@ def _key(holds: Callable[[Any], bool] = lambda _: True, allowed: str = "", affec
     return field(metadata={"holds": holds, "allowed": allowed, "affects": affects})
 
 
-def _positive(affects: str = "weights") -> Any:
-    return _key(lambda v: v > 0, "must be greater than 0", affects)
-
-
-def _not_negative() -> Any:
-    return _key(lambda v: v >= 0, "must not be negative")
-
-
-def _fraction() -> Any:
-    return _key(lambda v: 0 <= v < 1, "must lie in [0, 1)")
+_positive = partial(_key, lambda v: v > 0, "must be greater than 0")
+_not_negative = partial(_key, lambda v: v >= 0, "must not be negative")
+_fraction = partial(_key, lambda v: 0 <= v < 1, "must lie in [0, 1)")
 
 
 def _one_of(*allowed: str) -> Any:
@@ -167,23 +161,23 @@ class SGDConfig(OptimizerConfig):
 
 @dataclass(kw_only=True)
 class TrainerConfig(Group):
-    steps: int = _positive("outputs")
+    steps: int = _positive(affects="outputs")
     batch_size: int = _positive()
     ema_decay: float = _fraction()
     random_flip: bool
     timestep_sampling: str = _one_of("uniform", "stratified")
     label_dropout: float = _fraction()
-    log_every: int = _positive("outputs")
-    evaluate_every: int = _positive("outputs")
-    evaluate_images: int = _positive("outputs")
-    sample_every: int = _positive("outputs")
-    sample_images: int = _positive("outputs")
+    log_every: int = _positive(affects="outputs")
+    evaluate_every: int = _positive(affects="outputs")
+    evaluate_images: int = _positive(affects="outputs")
+    sample_every: int = _positive(affects="outputs")
+    sample_images: int = _positive(affects="outputs")
     sample_steps: int = _key(affects="outputs")
-    checkpoint_every: int = _positive("nothing")
-    checkpoint_minutes: float = _positive("nothing")
+    checkpoint_every: int = _positive(affects="nothing")
+    checkpoint_minutes: float = _positive(affects="nothing")
     compile: bool | None = _key(affects="nothing")
     micro_batch_size: int | None = _at_least(1, "for the batch", "nothing")
-    nproc: int = _positive("nothing")
+    nproc: int = _positive(affects="nothing")
     resume: str = _key(affects="outputs")
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:

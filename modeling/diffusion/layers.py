@@ -1,6 +1,6 @@
-"""Layers as the UNet uses them: PyTorch's own, but where a CPU is faster with another formulation of the same thing.
+"""The UNet's layers: PyTorch's own, except where another formulation of the same function is faster on a CPU.
 
-A convolution in bf16 runs close to the CPU's peak, so a step's time is decided by what stands between them
+A convolution in bf16 runs close to the CPU's peak, so the layers between convolutions decide the time of a step
 (docs/speed.md has the profile). Dropout: Srivastava et al. 2014; attention: Vaswani et al. 2017.
 """
 
@@ -40,10 +40,9 @@ def _masked(x: Tensor, keep: Tensor, scale: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; in bf16 on a CPU, its random numbers, one at a time on one core, were 5 % of a step."""
+    """nn.Dropout; in bf16 on a CPU, its random numbers, drawn one at a time on one core, were 5 % of a step."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: any shape. Returns the same shape; random in train mode, by PyTorch's default generator."""
         bits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and 2**-16 < self.p < 1 - 2**-16
         if self.training and bits and not torch.compiler.is_compiling():
             out: Tensor = _BitDropout.apply(x, self.p)
@@ -52,7 +51,7 @@ class Dropout(nn.Dropout):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention of [N, heads, tokens, D]; the same shape.
+    """Scaled dot-product attention of [N, heads, tokens, D].
 
     On a CPU two plain matrix products take half the time of PyTorch's fused kernel, forward and backward.
     """
@@ -63,18 +62,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution with zero padding of 1.
+    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution with zero padding of 1; weight [C_out, C_in, 3, 3].
 
     On a CPU as one transposed convolution, with 4 instead of 9 products a pixel and channel: of the nine pixels below
     the kernel only four differ, so the weights of equal ones are added up beforehand. The same sum, in another order.
-
-    Args:
-        x: [N, C_in, H, W].
-        weight: [C_out, C_in, 3, 3].
-        bias: [C_out].
-
-    Returns:
-        [N, C_out, 2H, 2W].
     """
     if x.device.type != "cpu":
         return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)

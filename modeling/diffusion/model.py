@@ -2,8 +2,8 @@
 
 Ho et al. 2020 (https://arxiv.org/abs/2006.11239), equations 4 to 7, 12, 14 and 15; v-prediction is Salimans and Ho 2022
 (https://arxiv.org/abs/2202.00512), the learned variance and its hybrid loss Nichol and Dhariwal 2021
-(https://arxiv.org/abs/2102.09672), min-SNR weighting Hang et al. 2023 (https://arxiv.org/abs/2303.09556), guidance
-without a classifier Ho and Salimans 2022 (https://arxiv.org/abs/2207.12598). Images are [N, C, H, W] in [-1, 1]; `t` is
+(https://arxiv.org/abs/2102.09672), min-SNR weighting Hang et al. 2023 (https://arxiv.org/abs/2303.09556), classifier-
+free guidance Ho and Salimans 2022 (https://arxiv.org/abs/2207.12598). Images are [N, C, H, W] in [-1, 1]; `t` is
 int64 [N] in [0, T), 0-based; noise is from N(0, I); labels `y` are int64 [N]. No randomness: callers pass noise and t.
 """
 
@@ -38,7 +38,6 @@ class DiffusionModel(nn.Module):
     Args:
         network: maps (x_t [N, C, H, W], t [N]) to a prediction, [N, C, H, W]; twice the channels if the variance is
             learned. A class-conditional network takes labels [N] as a third argument.
-        schedule: the constants of the forward process.
         prediction_type: what the network predicts; one of PREDICTION_TYPES.
         variance: of the reverse steps, one of VARIANCES: "fixed_large" is beta_t, "fixed_small" the variance of the
             posterior, "learned" lies between the two and is trained by the hybrid loss.

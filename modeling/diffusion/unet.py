@@ -1,9 +1,9 @@
 """The UNet of Ho et al. 2020 (appendix B), which predicts from a noisy image x_t and its time step t.
 
-Residual blocks with GroupNorm and SiLU, each fed the time embedding; self-attention at chosen resolutions; skip
-connections from every block of the way down to one of the way up. `ddpm` in conf/model is the paper's CIFAR-10 network,
-35,746,307 parameters. A class-conditional network adds an embedding of the label to that of the time (Dhariwal and
-Nichol 2021, https://arxiv.org/abs/2105.05233). Nothing here knows of noise schedules or losses.
+Residual blocks with GroupNorm and SiLU, each with the time embedding as input; self-attention at chosen resolutions;
+skip connections from every block of the way down to one of the way up. conf/model/ddpm.yaml is the paper's CIFAR-10
+network. A class-conditional network adds an embedding of the label to that of the time (Dhariwal and Nichol 2021,
+https://arxiv.org/abs/2105.05233).
 """
 
 import math
@@ -19,14 +19,9 @@ NORM_EPS = 1e-6  # of the original implementation; PyTorch's default is 1e-5
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features of the time step (Vaswani et al. 2017, as spaced by Ho et al.).
+    """Sinusoidal features of time steps [N] (Vaswani et al. 2017, as spaced by Ho et al.), float32 [N, dim].
 
-    Args:
-        t: [N], one time step a sample.
-        dim: even, at least 4; the first half are sines, the second cosines.
-
-    Returns:
-        float32 [N, dim], frequencies from 1 down to 1e-4 radians a step.
+    The first half are sines, the second cosines, with frequencies from 1 down to 1e-4 radians a step; dim is even.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
@@ -35,33 +30,23 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input; then optional attention."""
+    """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input; then optional attention.
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        groups: int,
-        dropout: float,
-        attention_heads: int = 0,
-    ) -> None:
+    Maps x [N, c_in, H, W] and the embedding after its SiLU, [N, c_emb], to [N, c_out, H, W]. `heads` = 0: no attention.
+    """
+
+    def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int, dropout: float, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_proj = nn.Linear(emb_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_proj = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=NORM_EPS)
         self.dropout = Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut: nn.Module = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        )
-        self.attention: nn.Module = (
-            AttentionBlock(out_channels, attention_heads, groups) if attention_heads else nn.Identity()
-        )
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.attention = AttentionBlock(c_out, heads, groups) if heads else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: [N, C_in, H, W]; emb: [N, E], after its SiLU. Returns [N, C_out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_proj(emb)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
@@ -70,7 +55,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels, with a residual connection."""
+    """Self-attention over the pixels of [N, C, H, W], with a residual connection."""
 
     def __init__(self, channels: int, num_heads: int, groups: int) -> None:
         super().__init__()
@@ -80,7 +65,6 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [N, C, H, W]. Returns the same shape."""
         n, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
         q, k, v = self.qkv(tokens).view(n, height * width, 3, self.num_heads, c // self.num_heads).unbind(2)
@@ -91,47 +75,42 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a strided convolution."""
+    """Halves height and width by a strided convolution; does not use the embedding."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: [N, C, H, W]; `emb` is not used. Returns [N, C, H/2, W/2]."""
         # "Same" padding of the original for an even size: nothing before, one pixel behind.
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return out
 
 
 class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a convolution."""
+    """Doubles height and width: nearest neighbour, then a convolution; does not use the embedding."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: [N, C, H, W]; `emb` is not used. Returns [N, C, 2H, 2W]."""
         assert self.conv.bias is not None
         return upsampled_conv(x, self.conv.weight, self.conv.bias)
 
 
 class UNet(nn.Module):
-    """The noise-prediction network.
+    """Maps noisy images [N, C, H, W], time steps [N] and, with classes, labels [N] to predictions [N, C_out, H, W].
 
     Args:
         image_size: height and width of the images in pixels; divisible by 2 ** (len(channel_mult) - 1).
-        in_channels: of the images.
         model_channels: channels at full resolution; a multiple of `norm_groups`.
         channel_mult: channels at each resolution as a multiple of `model_channels`; one entry a resolution.
         num_res_blocks: residual blocks a resolution on the way down (one more on the way up).
         attention_resolutions: heights in pixels at which every residual block is followed by self-attention.
         num_heads: of the attention; divides the channels there.
-        dropout: probability, inside the residual blocks.
-        norm_groups: groups of every GroupNorm.
         out_channels: of the prediction; by default those of the images.
-        num_classes: 0: unconditional; else the label `num_classes` stands for "none".
+        num_classes: 0: unconditional; else the label `num_classes` means "no label".
     """
 
     def __init__(
@@ -151,16 +130,14 @@ class UNet(nn.Module):
         super().__init__()
         self.model_channels = model_channels
         self.num_classes = num_classes
-        emb_channels = 4 * model_channels
-        self.time_mlp = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
+        c_emb = 4 * model_channels
+        self.time_mlp = nn.Sequential(nn.Linear(model_channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         if num_classes:
-            self.class_embedding = nn.Embedding(num_classes + 1, emb_channels)
+            self.class_embedding = nn.Embedding(num_classes + 1, c_emb)
         self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
 
         def block(c_in: int, c_out: int, attend: bool) -> ResBlock:
-            return ResBlock(c_in, c_out, emb_channels, norm_groups, dropout, num_heads if attend else 0)
+            return ResBlock(c_in, c_out, c_emb, norm_groups, dropout, num_heads if attend else 0)
 
         channels, size = model_channels, image_size
         skips = [channels]
@@ -201,17 +178,13 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.weight)
-            elif isinstance(module, AttentionBlock):
-                nn.init.zeros_(module.proj.weight)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.conv_out.weight)
+        if self.num_classes:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("conv2.weight", "attention.proj.weight", "conv_out.weight")):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x: [N, C, H, W] noisy images; t: [N] time steps; y: [N] labels. Returns the prediction, [N, C_out, H, W]."""
         emb = self.time_mlp(timestep_embedding(t, self.model_channels))
         if self.num_classes:
             assert y is not None, "a class-conditional network needs labels"

@@ -1,4 +1,4 @@
-"""The processes of one job and what they tell each other: the only module that calls its collectives.
+"""The group of a job's processes and its collectives, which no other module calls.
 
 Every function is right in a single process too, where it does nothing. All of them must be called by all processes, in
 the same order. Randomness is not shared out here: every process knows what is drawn for the whole batch or for sample
@@ -7,23 +7,19 @@ k, and takes its share. Tensors of the CPU travel by gloo, those of CUDA by NCCL
 
 import io
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modeling.distributed.rendezvous import TIMEOUT, meet, prepare_machine
-from modeling.reliability.errors import ConfigError, Lost, Stopped, UserError
-from modeling.reliability.signals import STOP_FILE, stop_requested_elsewhere
+from modeling.distributed.rendezvous import TIMEOUT, connect, prepare_machine
+from modeling.reliability.errors import ConnectionLost, Stopped, UserError, short
+from modeling.reliability.signals import stop_workers
 
 T = TypeVar("T")
-ASK_EVERY = 0.5  # seconds between looks whether another process was asked to stop
-_store: Any = None
 
 
 def rank() -> int:
@@ -32,12 +28,12 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """The number of processes that work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this process writes files, reports and W&B: one of them does."""
+    """Whether this process is the one that writes files, reports and W&B."""
     return rank() == 0
 
 
@@ -47,69 +43,35 @@ def share(n: int) -> range:
 
 
 @contextmanager
-def group(device: str, folder: str | None) -> Iterator[None]:
-    """Within the context, the processes that torchrun or the launcher has started are one group.
+def group(device: str) -> Iterator[None]:
+    """Within the context, the processes that torchrun or the launcher has started, if it has, are one group.
 
-    Args:
-        device: as configured: auto, cpu or cuda. Every process of a machine takes a CUDA device of its own.
-        folder: where they meet if they are all on this machine; None: by the environment variables of torchrun.
-
-    Raises:
-        ConfigError: fewer CUDA devices than processes on this machine.
-        Lost: the others do not come.
+    Unless `device` is cpu, every process of a machine takes a CUDA device of its own, where there are any.
     """
-    global _store
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
     cuda = device != "cpu" and torch.cuda.is_available()
     prepare_machine(cuda)
-    with _lost_if_it_fails():
-        _store, index, size = meet(folder)
+    with _connection():
+        store, index, size = connect()
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=_store, rank=index, world_size=size, timeout=TIMEOUT)
-    with stop_requested_elsewhere(_others_asked(None if folder is None else Path(folder) / STOP_FILE)):
-        yield
+        dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=TIMEOUT)
+    yield
     # Not after a failure: it would wait for what is gone.
+    barrier()
     dist.destroy_process_group()
-    _store = None
 
 
 @contextmanager
-def _lost_if_it_fails() -> Iterator[None]:
+def _connection() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # whatever the backend calls it
-        reason = " ".join(str(error).split())[:160]
-        raise Lost(
-            f"another process of this job has ended or cannot be reached ({reason}); the last checkpoint is kept, the "
-            "same command goes on from it"
+        raise ConnectionLost(
+            f"another process of this job has ended or cannot be reached ({short(error)}); the last "
+            "checkpoint is kept, the same command goes on from it"
         ) from None
-
-
-def _others_asked(file: Path | None) -> Callable[[], bool]:
-    """Whether another process, or the launcher by its file, wants all to stop."""
-    looked = time.monotonic()
-
-    def ask() -> bool:
-        nonlocal looked
-        if time.monotonic() - looked < ASK_EVERY:
-            return False
-        looked = time.monotonic()
-        with _lost_if_it_fails():
-            return (file is not None and file.exists()) or bool(_store.check(["stop"]))
-
-    return ask
-
-
-def is_first_to_tell(error: Exception) -> bool:
-    """Whether no other process has asked this before.
-
-    Before there is a group, one a machine is told yes, if the error is one that all of them have.
-    """
-    if _store is None:
-        return os.environ.get("LOCAL_RANK") == "0" or not isinstance(error, ConfigError)
-    try:
-        return bool(_store.add("told", 1) == 1)
-    except RuntimeError:  # the store went with the process that held it
-        return True
 
 
 def barrier() -> None:
@@ -127,7 +89,7 @@ def any_process_each(*flags: bool) -> list[bool]:
     if world_size() == 1:
         return list(flags)
     values = torch.tensor(flags, dtype=torch.int32)
-    with _lost_if_it_fails():
+    with _connection():
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
 
@@ -137,7 +99,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     if world_size() == 1:
         return
     flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
-    with _lost_if_it_fails():
+    with _connection():
         dist.all_reduce(flat)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     torch._foreach_copy_(list(tensors), [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
@@ -150,13 +112,7 @@ def from_first(make: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return make()
-    packed = _pack(make()) if is_first() else torch.empty(0, dtype=torch.uint8)
-    size = torch.tensor([len(packed)])
-    with _lost_if_it_fails():
-        dist.broadcast(size, 0)
-        packed = packed if is_first() else torch.empty(int(size.item()), dtype=torch.uint8)
-        dist.broadcast(packed, 0)
-    value: T = _unpack(packed)
+    value: T = _broadcast(make() if is_first() else None, 0)
     return value
 
 
@@ -165,39 +121,24 @@ def sharded(n: int, work: Callable[[range], Tensor]) -> Tensor:
 
     Args:
         n: number of rows.
-        work: makes the given rows, in order, on the CPU; the rows may be none. Calls no function of this module.
-
-    Raises:
-        Stopped: in all processes, if it is raised by `work` in one.
+        work: makes the given rows, in order, on the CPU; the rows may be none. Calls no function of this module. If it
+            raises Stopped in one process, all processes raise it.
     """
     if world_size() == 1:
         return work(range(n))
-    part = torch.empty(0)
-    stopped = False
+    part, stopped = torch.empty(0), False
     try:
         part = work(share(n))
     except Stopped:
         stopped = True
-        with _lost_if_it_fails():
-            _store.set("stop", "1")
+        stop_workers()  # the others need not finish their shares
     if any_process(stopped):
         raise Stopped("stopped")
-    packed = _pack(part)
-    sizes = [torch.tensor([0]) for _ in range(world_size())]
-    with _lost_if_it_fails():
-        dist.all_gather(sizes, torch.tensor([len(packed)]))
-        longest = int(max(sizes).item())
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(parts, torch.nn.functional.pad(packed, (0, longest - len(packed))))
-    return torch.cat([_unpack(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([_broadcast(part, k) for k in range(world_size())])
 
 
 def sharded_batches(n: int, batch_size: int, work: Callable[[range], Tensor], empty: Tensor) -> Tensor:
-    """As sharded, with `work` called for at most `batch_size` rows at a time.
-
-    Args:
-        empty: the table without rows.
-    """
+    """As sharded, with `work` called for at most `batch_size` rows at a time; `empty` is the table without rows."""
 
     def all_batches(rows: range) -> Tensor:
         starts = range(rows.start, rows.stop, batch_size)
@@ -206,31 +147,32 @@ def sharded_batches(n: int, batch_size: int, work: Callable[[range], Tensor], em
     return sharded(n, all_batches)
 
 
-def check_same(tensors: Sequence[Tensor], what: str) -> None:
-    """Compares the bits of float32 tensors over the processes, by a checksum.
+def _broadcast(value: Any, source: int) -> Any:
+    """The value of the process of rank `source`, in all processes."""
+    packed = torch.empty(0, dtype=torch.uint8)
+    if rank() == source:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        packed = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    size = torch.tensor([len(packed)])
+    with _connection():
+        dist.broadcast(size, source)
+        packed = packed if rank() == source else torch.empty(int(size.item()), dtype=torch.uint8)
+        dist.broadcast(packed, source)
+    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
 
-    Raises:
-        UserError: they differ: a process computes wrongly.
-    """
+
+def check_same(tensors: Sequence[Tensor], what: str) -> None:
+    """Raises UserError if float32 tensors differ in any bit between the processes, by a checksum."""
     if world_size() == 1:
         return
     sums = torch.stack([t.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
     mine = (sums * torch.arange(1, len(sums) + 1)).sum().reshape(1)  # modulo 2**64
     both = torch.cat([mine, -mine])
-    with _lost_if_it_fails():
+    with _connection():
         dist.all_reduce(both, dist.ReduceOp.MAX)
     if both[0] != -both[1]:
         raise UserError(
             f"{what} differ between the processes: one of the machines computes wrongly, or they are of two kinds; "
             "the last checkpoint is kept, the same command goes on from it"
         )
-
-
-def _pack(value: Any) -> Tensor:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-
-
-def _unpack(packed: Tensor) -> Any:
-    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)

@@ -18,10 +18,10 @@ class ConfigError(UserError):
     exit_code = 2
 
 
-class Lost(UserError):
-    """Another process of the same job has ended or cannot be reached."""
+class ConnectionLost(UserError):
+    """Another process of the same job has ended or cannot be reached: a consequence, hardly ever the cause."""
 
-    exit_code = 69  # the launcher turns it into 1; it distinguishes the victims from the process that failed
+    exit_code = 69  # between a worker and its launcher, which ends with 1
 
 
 class Stopped(UserError):

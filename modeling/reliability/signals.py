@@ -8,39 +8,35 @@ a second time, and kills workers that do not end in time.
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from modeling.reliability.errors import Stopped
 
-STOP_FILE = "stop"  # in the folder that a job's processes share: asks all of them to stop
+JOB = "MODELING_JOB"  # the environment variable that names the folder which the launcher and its workers share
+STOP_FILE = "stop"  # in that folder: all workers are to stop
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _requested = False
 _at_once = False
-_requested_elsewhere: Callable[[], bool] = bool  # which is False
 
 
 def stop_requested() -> bool:
-    """Whether a signal asked this process, or another one of its job, to stop."""
-    return _requested or _requested_elsewhere()
+    """Whether a signal asked this process, its launcher, or another worker of its launcher to stop."""
+    return _requested or (JOB in os.environ and Path(os.environ[JOB], STOP_FILE).exists())
+
+
+def stop_workers() -> None:
+    """Asks all workers of this process's launcher, if it has one, to stop."""
+    if JOB in os.environ:
+        Path(os.environ[JOB], STOP_FILE).touch()
 
 
 def poll() -> None:
     """Raises Stopped if a stop was requested. Every loop that may take seconds calls this."""
     if stop_requested():
         raise Stopped("stopped")
-
-
-@contextmanager
-def stop_requested_elsewhere(condition: Callable[[], bool]) -> Iterator[None]:
-    """Within the context, requests to other processes count too, as `condition` reports them."""
-    global _requested_elsewhere
-    before, _requested_elsewhere = _requested_elsewhere, condition
-    try:
-        yield
-    finally:
-        _requested_elsewhere = before
 
 
 @contextmanager

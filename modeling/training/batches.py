@@ -16,8 +16,6 @@ from modeling.inference.images import to_model
 from modeling.seeds import step_seed
 from modeling.settings import Config
 
-KEEP_MIRRORED_AT_MOST = 2**28  # bytes of a data set that is held twice, the second time mirrored; CIFAR-10 has 2**27.2
-
 
 def draw_timesteps(n: int, num_timesteps: int, stratified: bool, generator: torch.Generator) -> Tensor:
     """int64 [n] in [0, T), on the generator's device.
@@ -40,17 +38,10 @@ class BatchSource:
         data: the images on the device that trains, or memory-mapped; the labels on the CPU.
         batch_size: global.
         random_flip: mirror each image left to right with probability 1/2.
-        keep_mirrored: hold each image a second time, mirrored, so that drawing a batch copies nothing else.
     """
 
-    def __init__(
-        self, data: LabelledImages, batch_size: int, seed: int, random_flip: bool, keep_mirrored: bool = False
-    ) -> None:
+    def __init__(self, data: LabelledImages, batch_size: int, seed: int, random_flip: bool) -> None:
         self.images, self.all_labels = data
-        self.both: Tensor | None = None
-        if random_flip and keep_mirrored:
-            self.both = _with_mirrored(self.images)
-            self.images = self.both[: len(self.images)]
         self.batch_size = batch_size
         self.seed = seed
         self.random_flip = random_flip
@@ -62,14 +53,11 @@ class BatchSource:
 
     def indices(self, step: int) -> Tensor:
         """int64 [B]: which images step `step` (0-based) trains on."""
-        start, n = step * self.batch_size, len(self.images)
+        n = len(self.images)
+        first, last = step * self.batch_size, (step + 1) * self.batch_size
         parts = []
-        position, end = start, start + self.batch_size
-        while position < end:
-            epoch, offset = divmod(position, n)
-            take = min(end - position, n - offset)
-            parts.append(self._permutation(epoch)[offset : offset + take])
-            position += take
+        for epoch in range(first // n, (last - 1) // n + 1):
+            parts.append(self._permutation(epoch)[max(first - epoch * n, 0) : last - epoch * n])
         return torch.cat(parts)
 
     def labels(self, step: int) -> Tensor:
@@ -78,21 +66,13 @@ class BatchSource:
 
     def batch(self, step: int) -> Tensor:
         """float32 [B, C, H, W] in [-1, 1], on the device of the images."""
-        images, rows = self.images, self.indices(step)
+        device = self.images.device
+        images = self.images.index_select(0, send(self.indices(step), device))
         if self.random_flip:
             generator = torch.Generator().manual_seed(step_seed(self.seed, "flip", step))
             flip = torch.rand(self.batch_size, generator=generator) < 0.5
-            both = self.both
-            if both is None:
-                both = _with_mirrored(images.index_select(0, send(rows, images.device)))
-                rows = torch.arange(self.batch_size)
-            images, rows = both, rows + len(both) // 2 * flip
-        return to_model(images.index_select(0, send(rows, images.device)).contiguous())
-
-
-def _with_mirrored(images: Tensor) -> Tensor:
-    """[2N, C, H, W]: the images, then the same mirrored left to right."""
-    return torch.cat([images, images.flip(3)])
+            images = torch.where(send(flip, device)[:, None, None, None], images.flip(3), images)
+        return to_model(images.contiguous())
 
 
 class StepInputs(NamedTuple):
@@ -117,10 +97,8 @@ class InputSource:
         self.num_timesteps = model.schedule.num_timesteps
         self.num_classes = model.num_classes
         self.compute = compute
-        images = compute.place(train.images)
-        placed = LabelledImages(images, train.labels)
-        keep_mirrored = images.nbytes <= KEEP_MIRRORED_AT_MOST
-        self.batches = BatchSource(placed, self.config.batch_size, self.seed, self.config.random_flip, keep_mirrored)
+        placed = LabelledImages(compute.place(train.images), train.labels)
+        self.batches = BatchSource(placed, self.config.batch_size, self.seed, self.config.random_flip)
 
     def inputs(self, step: int) -> StepInputs:
         """The inputs of step `step` (0-based)."""

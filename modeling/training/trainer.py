@@ -10,6 +10,7 @@ so weights, EMA and optimizer are the same in each. The first alone writes and r
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +39,6 @@ from modeling.reliability.signals import stop_requested
 from modeling.seeds import step_seed
 from modeling.settings import Config, DDIMConfig
 from modeling.training.batches import InputSource, StepInputs
-from modeling.training.divergence import Divergence, DivergenceCheck
 from modeling.training.ema import EMA
 from modeling.training.optimizer import build_optimizer, learning_rate
 from modeling.training.state import CheckpointFolder, TrainingState
@@ -98,7 +98,8 @@ class Trainer:
         self.source = InputSource(config, data.train, model, compute)
         self.test = data.test.first(self.config.evaluate_images)
         self.forward = compute.compiled(model, self.config.compile)
-        self.divergence = DivergenceCheck()
+        self.unchecked: list[Tensor] = []  # loss and gradient norm of each step since the last check, on the device
+        self.recent: deque[float] = deque(maxlen=5)  # losses for the message
         # The parts of the batch that go through the network one after another.
         mine = share(self.config.batch_size)
         size = self.config.micro_batch_size or len(mine)
@@ -118,6 +119,7 @@ class Trainer:
             Stopped: a stop was requested; a checkpoint of the last step is saved.
             UserError: the loss is not finite, no checkpoint can be written, or none of the existing ones can be read.
         """
+        self.model.train()
         self.state.resume(self.folder, self.config.steps)
         saved, saved_at = self.step, time.monotonic()
         self.reporter.started(self.step)
@@ -147,7 +149,7 @@ class Trainer:
                 return self.last_row
             self._train_step()
             self.reporter.stepped(self.step)
-            if len(self.divergence) >= CHECK_EVERY:
+            if len(self.unchecked) >= CHECK_EVERY:
                 self._count_time()
 
     def _save(self) -> None:
@@ -165,8 +167,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.optimizer_config, step, self.config.steps)
         inputs = self.source.inputs(step)
-        if not self.model.training:
-            self.model.train()
         self.optimizer.zero_grad()
         losses = [self._pass(inputs, part) for part in self.parts]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -175,7 +175,7 @@ class Trainer:
         self.optimizer.step()
         self.ema.update()
         self.state.add({"loss": loss, "grad_norm": norm})
-        self.divergence.add(loss, norm)
+        self.unchecked.append(torch.stack([loss, norm]))
         self.state.step += 1
         self.state.images += self.config.batch_size
 
@@ -193,28 +193,43 @@ class Trainer:
 
     def _count_time(self, weights: Sequence[Tensor] = ()) -> None:
         """Adds the time since the last call to that of training; waits for the device and checks for divergence."""
-        found = self.divergence.find(self.step, weights)
-        if found is not None:
-            raise self._diverged(found)
+        self._check_finite(weights)
         now = time.perf_counter()
         self.state.seconds += now - self._since
         self._since = now
 
-    def _diverged(self, found: Divergence) -> UserError:
-        """The error to raise; the batch of the step is kept in the folder."""
-        inputs = self.source.inputs(found.step - 1)._asdict()
-        rate = learning_rate(self.optimizer_config, found.step - 1, self.config.steps)
-        path = Path(from_first(lambda: str(self.folder.path / f"bad-step-{found.step:09}.pt")))
+    def _check_finite(self, weights: Sequence[Tensor]) -> None:
+        """Raises UserError for the first step since the last check whose loss, gradient or weights are not finite."""
+        rows = torch.stack(self.unchecked).tolist() if self.unchecked else []
+        self.unchecked.clear()
+        norm = math.nan
+        for step, (loss, norm) in enumerate(rows, self.step - len(rows) + 1):
+            self.recent.append(loss)
+            if not math.isfinite(loss + norm):
+                raise self._diverged("gradient" if math.isfinite(loss) else "loss", step, norm)
+        if weights and not bool(torch.stack([w.isfinite().all() for w in weights]).all()):
+            raise self._diverged("weights", self.step, norm)
+
+    def _diverged(self, what: str, step: int, norm: float) -> UserError:
+        """The error to raise; the batch of the step, a function of (seed, step), is kept in the folder."""
+        rate = learning_rate(self.optimizer_config, step - 1, self.config.steps)
+        path = Path(from_first(lambda: str(self.folder.path / f"bad-step-{step:09}.pt")))
+        inputs = self.source.inputs(step - 1)._asdict()
         batch = {name: None if value is None else value.cpu() for name, value in inputs.items()}
-        batch["indices"] = self.source.batches.indices(found.step - 1)
+        batch |= {"step": step, "lr": rate, "losses": [*self.recent]}
+        batch["indices"] = self.source.batches.indices(step - 1)
         if is_first():
             with suppress(UserError), replacing(path) as partial:  # a full disk must not hide the reason
-                torch.save({"step": found.step, "lr": rate, "losses": found.losses, **batch}, partial)
+                torch.save(batch, partial)
         good = from_first(lambda: [str(p) for p in checkpoints(self.folder.path)])
+        losses = ", ".join(f"{loss:.4g}" for loss in self.recent)
         advice = "lower optimizer.lr, raise optimizer.warmup_steps, set optimizer.grad_clip=1.0 or precision=fp32"
         if good:
             advice += f", from the last good checkpoint with trainer.resume={good[-1]}"
-        return UserError(f"{found}, learning rate {rate:.4g}: {advice}; the batch of that step is in {path}")
+        return UserError(
+            f"the {what} of step {step} is not finite (last losses {losses}; gradient norm {norm:.4g}), "
+            f"learning rate {rate:.4g}: {advice}; the batch of that step is in {path}"
+        )
 
     def _due(self) -> bool:
         c = self.config

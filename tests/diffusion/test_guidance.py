@@ -6,31 +6,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.configs import group
+from helpers.training import CPU, SMALL
 from torch import nn
 
 from modeling.build import build_model
 from modeling.diffusion.model import PREDICTION_TYPES, DiffusionModel
+from modeling.diffusion.samplers import SAMPLERS
 from modeling.diffusion.schedule import NoiseSchedule, linear_betas
-from modeling.guidance import Guided
-from modeling.inference.device import Compute
 from modeling.inference.images import sample_grid
 from modeling.inference.samples import draw_samples
 from modeling.reliability.errors import ConfigError
 from modeling.stages.sample import check_sampler_of
 
-CPU = Compute(torch.device("cpu"), bf16=False)
-MODEL = group(
-    "model",
-    "tiny",
-    model_channels=8,
-    channel_mult=[1, 2],
-    num_res_blocks=1,
-    attention_resolutions=[4],
-    num_heads=1,
-    dropout=0.0,
-    norm_groups=4,
-)
-COSINE = group("diffusion", "cosine", num_timesteps=10, prediction_type="epsilon", variance="fixed_small")
+MODEL = group("model", "tiny", **SMALL)
+COSINE = group("diffusion", "cosine", num_timesteps=10)
 
 
 class ClassMean(nn.Module):
@@ -59,11 +48,11 @@ def test_guidance_extrapolates_the_prediction(prediction_type, scale, learned, g
     model = DiffusionModel(ClassMean(schedule, prediction_type, learned), schedule, prediction_type, variance)
     y, t = torch.tensor([1, 0, 0]), torch.tensor([0, 7, 19])
     x = torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
-    x_0, eps, fraction = Guided(model, y, 2, scale).predict(x, t, clip_denoised=False)
+    x_0, eps, fraction = model.predict(x, t, False, y, scale)
     expected = (scale * torch.tensor([-0.1, 0.2, 0.2], dtype=torch.float64)).reshape(3, 1, 1, 1).expand_as(x)
     torch.testing.assert_close(x_0, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
-    assert fraction is None or torch.equal(fraction[:, 0, 0, 0], y / 2.0)  # of the conditional prediction
+    assert not learned or torch.equal(fraction[:, 0, 0, 0], y / 2.0)  # of the conditional prediction
 
 
 def network(conditional):
@@ -73,18 +62,13 @@ def network(conditional):
     return model
 
 
-SAMPLERS = [
-    group("sampler", "ddpm", steps=4, clip_denoised=True, num_samples=5, batch_size=5, seed=0),
-    group("sampler", "ddim", steps=4, clip_denoised=True, num_samples=5, batch_size=5, seed=0, eta=0.5),
-    group("sampler", "dpm_solver", steps=4, clip_denoised=True, num_samples=5, batch_size=5, seed=0),
-]
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("scale", [None, 1.0, 2.0])
-def test_a_sample_is_the_same_whatever_the_batch(sampler, scale):
+def test_a_sample_is_the_same_whatever_the_batch(name, scale):
     model = network(scale is not None)
-    sampler = dataclasses.replace(sampler, guidance_scale=scale or 1.0)
+    sampler = group("sampler", name, steps=4, num_samples=5, batch_size=5, guidance_scale=scale or 1.0)
+    if name == "ddim":
+        sampler.eta = 0.5
     one = draw_samples(model, sampler, range(5), (3, 8, 8), CPU)
     two = draw_samples(model, dataclasses.replace(sampler, batch_size=2), range(5), (3, 8, 8), CPU)
     last = draw_samples(model, sampler, [4], (3, 8, 8), CPU)
@@ -94,7 +78,7 @@ def test_a_sample_is_the_same_whatever_the_batch(sampler, scale):
 
 def test_samples_take_the_classes_in_turn_or_the_one_that_is_asked_for():
     model = network(True)
-    sampler = dataclasses.replace(SAMPLERS[1], guidance_scale=3.0)
+    sampler = group("sampler", "ddim", steps=4, eta=0.5, guidance_scale=3.0)
     mixed = draw_samples(model, sampler, range(5), (3, 8, 8), CPU)
     for label in range(3):
         same = draw_samples(model, sampler, range(5), (3, 8, 8), CPU, label)
@@ -123,4 +107,4 @@ def test_what_a_conditional_model_cannot_be_asked_for_is_refused():
             group("sampler", "ddim", steps=2, clip_denoised=True, num_samples=2, batch_size=2, seed=0), **changes
         )
         with pytest.raises(ConfigError, match=line):
-            check_sampler_of(model, meta, SimpleNamespace(sampler=sampler))
+            check_sampler_of(SimpleNamespace(sampler=sampler), model, meta)

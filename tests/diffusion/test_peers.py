@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from helpers.closed_forms import sample
 from torch import nn
 
 from modeling.diffusion.model import PREDICTION_TYPES, DiffusionModel
-from modeling.diffusion.samplers import ddim_sample, ddpm_sample, dpm_solver_sample
 from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
 from modeling.diffusion.unet import UNet
 from modeling.interop.weight_names import from_diffusers, to_diffusers
@@ -88,9 +88,9 @@ def test_ddpm(name, variance, prediction_type, steps, x_T, equal):
     )
     draws = torch.Generator().manual_seed(3)
     expected = run(theirs, network, x_T, steps, draws)
-    sample = ddpm_sample(model, x_T, theirs.timesteps.tolist(), noise_like(x_T))
+    ours = sample("ddpm", model, x_T, theirs.timesteps.tolist(), noise_like(x_T))
     # Their tables are float32: alphas_cumprod near 1e-9 at the end of the cosine schedule has few digits there.
-    equal(f"DDPM, {name}", sample, expected, 1e-4 if name == "linear" else 5e-3)
+    equal(f"DDPM, {name}", ours, expected, 1e-4 if name == "linear" else 5e-3)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -103,8 +103,8 @@ def test_ddim(prediction_type, eta, steps, clip, x_T, equal):
     theirs = DDIMScheduler(trained_betas=SCHEDULES["linear"].numpy(), prediction_type=prediction_type, clip_sample=clip)
     draws = torch.Generator().manual_seed(3)
     expected = run(theirs, network, x_T, steps, draws, eta=eta, use_clipped_model_output=True)
-    sample = ddim_sample(model, x_T, theirs.timesteps.tolist(), noise_like(x_T), eta, clip)
-    equal("DDIM", sample, expected, 1e-4)
+    ours = sample("ddim", model, x_T, theirs.timesteps.tolist(), noise_like(x_T), clip, eta=eta)
+    equal("DDIM", ours, expected, 1e-4)
 
 
 def test_ddim_after_clipping_differs_from_the_librarys_default(x_T):
@@ -116,8 +116,8 @@ def test_ddim_after_clipping_differs_from_the_librarys_default(x_T):
     model = DiffusionModel(network, NoiseSchedule(SCHEDULES["linear"]))
     theirs = DDIMScheduler(trained_betas=SCHEDULES["linear"].numpy(), clip_sample=True)
     default = run(theirs, network, x_T, 10, None)
-    sample = ddim_sample(model, x_T, theirs.timesteps.tolist(), noise_like(x_T))
-    assert deviation(sample, default) > 1e-2
+    ours = sample("ddim", model, x_T, theirs.timesteps.tolist(), noise_like(x_T))
+    assert deviation(ours, default) > 1e-2
     t = torch.full((4,), 900)
     x_0, eps, _ = model.predict(3 * x_T, t)
     assert deviation(model.q_sample(x_0, t, eps), 3 * x_T) < 1e-9
@@ -132,8 +132,8 @@ def test_dpm_solver(prediction_type, steps, x_T, equal):
         trained_betas=SCHEDULES["linear"].numpy(), prediction_type=prediction_type, solver_order=2
     )
     expected = run(theirs, network, x_T, steps, None)
-    sample = dpm_solver_sample(model, x_T, theirs.timesteps.tolist(), clip_denoised=False)
-    equal("DPM-Solver++ 2M", sample, expected, 1e-4)
+    ours = sample("dpm_solver", model, x_T, theirs.timesteps.tolist(), clip_denoised=False)
+    equal("DPM-Solver++ 2M", ours, expected, 1e-4)
 
 
 PAPER = {

@@ -5,19 +5,19 @@ import math
 
 import pytest
 import torch
-from helpers.closed_forms import optimal_model
+from helpers.closed_forms import optimal_model, sample
+from helpers.configs import group
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling.diffusion.model import PREDICTION_TYPES
-from modeling.diffusion.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, timestep_subsequence
+from modeling.diffusion.samplers import SAMPLERS, timestep_subsequence
 from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas
 from modeling.inference.samples import SampleNoise
+from modeling.settings import own_keys
 
-
-def noise_like(x, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+# With the options of the shipped conf/, and what else can be chosen.
+CHOICES = [(name, own_keys(group("sampler", name))) for name in SAMPLERS] + [("ddim", {"eta": e}) for e in (0.5, 1.0)]
 
 
 @pytest.fixture
@@ -41,16 +41,14 @@ def test_timestep_subsequence_out_of_range(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 7])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_point_mass_is_returned_exactly(schedule, x_T, steps, eta, variance, prediction_type):
+def test_point_mass_is_returned_exactly(schedule, x_T, steps, variance, prediction_type):
     c = torch.tensor([0.3, -0.9, 1.0], dtype=torch.float64).reshape(3, 1, 1, 1).expand_as(x_T)
     model = optimal_model(schedule, lambda x, _: c, variance, prediction_type)
     timesteps = timestep_subsequence(schedule.num_timesteps, steps)
-    torch.testing.assert_close(ddpm_sample(model, x_T, timesteps, noise_like(x_T)), c, rtol=0, atol=1e-9)
-    torch.testing.assert_close(ddim_sample(model, x_T, timesteps, noise_like(x_T), eta), c, rtol=0, atol=1e-9)
-    torch.testing.assert_close(dpm_solver_sample(model, x_T, timesteps), c, rtol=0, atol=1e-9)
+    for name, options in CHOICES:
+        torch.testing.assert_close(sample(name, model, x_T, timesteps, **options), c, rtol=0, atol=1e-9)
 
 
 @given(st.integers(2, 300), st.data())
@@ -64,12 +62,8 @@ def test_point_mass_under_any_schedule_and_any_subsequence(num_timesteps, data):
     model = optimal_model(schedule, lambda x, _: c)
     # Very noisy steps lose digits of c: alphas_cumprod down to 1e-90.
     timesteps = [t for t in sorted(chosen, reverse=True) if schedule.alphas_cumprod[t] > 1e-12] or [0]
-    for sample in (
-        ddpm_sample(model, x, timesteps, noise_like(x)),
-        ddim_sample(model, x, timesteps, noise_like(x), 0.5),
-        dpm_solver_sample(model, x, timesteps),
-    ):
-        torch.testing.assert_close(sample, c, rtol=0, atol=1e-6)
+    for name, options in CHOICES:
+        torch.testing.assert_close(sample(name, model, x, timesteps, **options), c, rtol=0, atol=1e-6)
 
 
 def test_the_solvers_of_the_ode_converge_to_its_solution(x_T):
@@ -81,30 +75,25 @@ def test_the_solvers_of_the_ode_converge_to_its_solution(x_T):
     a, b = schedule.alphas_cumprod[start], schedule.alphas_cumprod[end]
     exact = ((b * s2 + 1 - b) / (a * s2 + 1 - a)).sqrt()
 
-    def error(solve, steps):
+    def error(name, steps):
         # Evenly in log-SNR, which the order of the solver refers to; the factor of the last step is divided out.
         levels = torch.linspace(log_snr[start], log_snr[end], steps + 1, dtype=torch.float64)
         timesteps = [int((log_snr - level).abs().argmin()) for level in levels]
         last = b.sqrt() * s2 / (b * s2 + 1 - b)
-        return (solve(timesteps) / (last * x_T) - exact).abs().max().item()
+        clean = sample(name, model, x_T, timesteps, clip_denoised=False)
+        return (clean / (last * x_T) - exact).abs().max().item()
 
-    def ddim(timesteps):
-        clean = ddim_sample(model, x_T, timesteps, noise_like(x_T), clip_denoised=False)
-        return clean
-
-    def second(timesteps):
-        return dpm_solver_sample(model, x_T, timesteps, clip_denoised=False)
-
-    assert error(ddim, 40) < 0.65 * error(ddim, 20) and error(second, 40) < 0.4 * error(second, 20)
-    assert error(second, 20) < 0.2 * error(ddim, 20)
+    assert error("ddim", 40) < 0.65 * error("ddim", 20)
+    assert error("dpm_solver", 40) < 0.4 * error("dpm_solver", 20)
+    assert error("dpm_solver", 20) < 0.2 * error("ddim", 20)
 
 
 def test_dpm_solver_with_one_and_two_steps_is_ddim(schedule, x_T):
     model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a)
     for steps in (1, 2):
         timesteps = timestep_subsequence(schedule.num_timesteps, steps)
-        expected = ddim_sample(model, x_T, timesteps, noise_like(x_T))
-        torch.testing.assert_close(dpm_solver_sample(model, x_T, timesteps), expected)
+        expected = sample("ddim", model, x_T, timesteps)
+        torch.testing.assert_close(sample("dpm_solver", model, x_T, timesteps), expected)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
@@ -116,8 +105,8 @@ def test_learned_variance_at_its_ends_is_the_fixed_ones(schedule, x_T, fraction)
     )
     fixed = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "fixed_large" if fraction else "fixed_small")
     timesteps = timestep_subsequence(schedule.num_timesteps, 5)
-    expected = ddpm_sample(fixed, x_T, timesteps, noise_like(x_T))
-    torch.testing.assert_close(ddpm_sample(learned, x_T, timesteps, noise_like(x_T)), expected)
+    expected = sample("ddpm", fixed, x_T, timesteps)
+    torch.testing.assert_close(sample("ddpm", learned, x_T, timesteps), expected)
 
 
 def test_ddim_of_a_standard_normal_is_a_product_of_cosines(schedule, x_T):
@@ -126,20 +115,20 @@ def test_ddim_of_a_standard_normal_is_a_product_of_cosines(schedule, x_T):
     timesteps = timestep_subsequence(schedule.num_timesteps, 6)
     angles = [math.acos(math.sqrt(schedule.alphas_cumprod[t])) for t in timesteps] + [0.0]
     factor = math.prod(math.cos(a - b) for a, b in itertools.pairwise(angles))
-    sample = ddim_sample(model, x_T, timesteps, noise_like(x_T), clip_denoised=False)
-    torch.testing.assert_close(sample, factor * x_T)
+    out = sample("ddim", model, x_T, timesteps, clip_denoised=False)
+    torch.testing.assert_close(out, factor * x_T)
 
 
 def test_ddpm_of_a_standard_normal(schedule, x_T):
     """The mean of a step is sqrt(alpha_t) x_t; with fixed_large, variance 1 is kept until the last, noiseless step."""
     model = optimal_model(schedule, lambda x, alpha_bar: alpha_bar.sqrt() * x)
     timesteps = list(range(schedule.num_timesteps))[::-1]
-    sample = ddpm_sample(model, x_T, timesteps, lambda: torch.zeros_like(x_T), clip_denoised=False)
-    torch.testing.assert_close(sample, schedule.alphas_cumprod[-1].sqrt() * x_T)
+    out = sample("ddpm", model, x_T, timesteps, lambda: torch.zeros_like(x_T), clip_denoised=False)
+    torch.testing.assert_close(out, schedule.alphas_cumprod[-1].sqrt() * x_T)
 
     draws = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     two = timesteps[:2] + timesteps[-1:]
-    out = ddpm_sample(model, draws, two, noise_like(draws), clip_denoised=False)
+    out = sample("ddpm", model, draws, two, clip_denoised=False)
     # of the last alpha, which is alphas_cumprod[0]
     assert out.var().item() == pytest.approx(schedule.alphas_cumprod[0].item(), rel=0.04)
 
@@ -149,8 +138,8 @@ def test_ddpm_is_ddim_with_eta_one(schedule, x_T, steps):
     model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "fixed_small")
     timesteps = timestep_subsequence(schedule.num_timesteps, steps)
     for clip in (True, False):
-        ddpm = ddpm_sample(model, x_T, timesteps, noise_like(x_T), clip)
-        ddim = ddim_sample(model, x_T, timesteps, noise_like(x_T), 1.0, clip)
+        ddpm = sample("ddpm", model, x_T, timesteps, clip_denoised=clip)
+        ddim = sample("ddim", model, x_T, timesteps, clip_denoised=clip, eta=1.0)
         torch.testing.assert_close(ddpm, ddim)
 
 
@@ -167,7 +156,7 @@ def test_gaussian_with_full_covariance(x_T):
 
     basis = torch.eye(2, dtype=torch.float64).reshape(2, 1, 1, 2)
     model = optimal_model(schedule, denoise)
-    rows = ddim_sample(model, basis, list(range(1000))[::-1], noise_like(basis), clip_denoised=False).reshape(2, 2)
+    rows = sample("ddim", model, basis, list(range(1000))[::-1], clip_denoised=False).reshape(2, 2)
     torch.testing.assert_close(rows.T @ rows, covariance, rtol=0.02, atol=2e-3)
 
 
@@ -182,11 +171,8 @@ def test_ideal_denoiser_of_a_finite_data_set_returns_members(x_T):
 
     model = optimal_model(schedule, denoise)
     timesteps = timestep_subsequence(1000, 100)
-    for sample in (
-        ddim_sample(model, x_T, timesteps, noise_like(x_T)),
-        ddpm_sample(model, x_T, timesteps, noise_like(x_T)),
-    ):
-        nearest = (sample[:, None] - data[None]).abs().amax((2, 3, 4)).amin(1)
+    for name in ("ddim", "ddpm"):
+        nearest = (sample(name, model, x_T, timesteps)[:, None] - data[None]).abs().amax((2, 3, 4)).amin(1)
         assert nearest.max() < 1e-3
 
 

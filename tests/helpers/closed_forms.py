@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.diffusion.model import DiffusionModel
+from modeling.diffusion.samplers import SAMPLERS
 from modeling.diffusion.schedule import NoiseSchedule
 
 
@@ -38,3 +39,16 @@ def optimal_model(
 ) -> DiffusionModel:
     network = Optimal(schedule, denoise, prediction_type, variance == "learned")
     return DiffusionModel(network, schedule, prediction_type, variance)
+
+
+def sample(name, model, x_T, timesteps, noise_fn=None, clip_denoised=True, **options):
+    """Runs a sampler of the registry on a model; without a `noise_fn`, with noise of seed 1."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise():
+        return torch.randn(x_T.shape, generator=generator, dtype=x_T.dtype)
+
+    def predict(x_t, t):
+        return model.predict(x_t, t, clip_denoised)
+
+    return SAMPLERS[name](predict, x_T, timesteps, model.schedule.alphas_cumprod, noise_fn or noise, **options)

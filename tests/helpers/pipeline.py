@@ -6,8 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 TINY = ["experiment=tiny"]
+
+
+def spelled_out(recipe, without=""):
+    """A recipe of conf/experiment as single overrides, but for those of one group."""
+    content = yaml.safe_load((ROOT / f"conf/experiment/{recipe}.yaml").read_text())
+    choices = [
+        (key.removeprefix("override /"), value) for each in content.pop("defaults") for key, value in each.items()
+    ]
+    keys = [(f"{group}.{key}", value) for group, values in content.items() for key, value in values.items()]
+    shown = [f"{key}={'null' if value is None else value}" for key, value in choices + keys]
+    return [each for each in shown if not (without and each.startswith((f"{without}=", f"{without}.")))]
 
 
 def environment(state, **changes):

@@ -24,8 +24,8 @@ from modeling.reliability.signals import (
     poll,
     resume_command,
     stop_requested,
-    stop_requested_elsewhere,
     stop_requests,
+    stop_workers,
     stopped_at_once,
 )
 
@@ -76,10 +76,13 @@ def test_a_long_call_is_stopped_at_once():
         time.sleep(60)
 
 
-def test_a_request_to_another_process_counts():
-    with stop_requested_elsewhere(lambda: True), pytest.raises(Stopped):
-        poll()
+def test_a_request_to_the_launcher_or_another_worker_counts(tmp_path, monkeypatch):
+    stop_workers()
+    monkeypatch.setenv("MODELING_JOB", str(tmp_path))
     poll()
+    stop_workers()
+    with pytest.raises(Stopped):
+        poll()
 
 
 def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):

@@ -1,5 +1,6 @@
 """End to end, through the real command line, DVC and W&B's offline files."""
 
+import ast
 import csv
 import json
 import shutil
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import yaml
 from diffusers import DDPMPipeline
-from helpers.pipeline import ROOT, TINY, copy_repository, environment, main
+from helpers.configs import group
+from helpers.pipeline import ROOT, TINY, copy_repository, environment, main, spelled_out
 from helpers.processes import Launched
 from PIL import Image
 
-from modeling.checkpoints.fingerprint import imported_files
+from modeling.checkpoints.fingerprint import PACKAGE, imported_files
 from modeling.inference.samples import SampleNoise
+from modeling.settings import affects
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +199,10 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     for name in ("taken/reports", "taken/samples"):
         (tmp_path / name).write_text("a file where a folder must be")
     typed = arguments.split()
-    drop = "data." if any(a.startswith("data=") for a in typed) else "never"
+    without = "data" if any(a.startswith("data=") for a in typed) else ""
     out = [] if "out_dir" in arguments else [f"out_dir={tmp_path}"]
     offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "CIFAR10_ROOT": "broken"}
-    small = [a for a in TINY if not a.startswith(drop)]
+    small = spelled_out("tiny", without)
     flags = [a for a in typed if a.startswith("--")]
     command = [*flags, *small, *out, *(a for a in typed if a not in flags)]
     run = Launched(tmp_path / "process", command, tmp_path, offline | {"DVC_ROOT": str(tmp_path)})
@@ -209,22 +212,51 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate.json"))
 
 
+def stages():
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
 @pytest.mark.parametrize("stage", ["prepare", "train", "evaluate"])
-def test_dvc_depends_on_exactly_the_files_that_a_stage_imports(stage):
+def test_dvc_depends_on_what_a_stage_imports(stage):
+    """Every imported file with code lies under a declared dependency, and every dependency holds an imported file."""
     code = (
         f"import sys, modeling.stages.{stage}\n"
         "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'modeling'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    imported = {str(Path(file).relative_to(ROOT)) for file in done.stdout.split()}
-    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
-    assert {d for d in declared if d.endswith(".py")} == imported
+    imported = [Path(file) for file in done.stdout.split()]
+    imported = [
+        path for path in imported if any(type(node) is not ast.Expr for node in ast.parse(path.read_text()).body)
+    ]
+    declared = [ROOT / dep for dep in stages()[stage]["deps"] if dep.startswith("modeling/")]
+    assert not [path for path in imported if not any(path.is_relative_to(dep) for dep in declared)]
+    assert not [dep for dep in declared if not any(path.is_relative_to(dep) for path in imported)]
+
+
+def test_dvc_trains_again_for_the_keys_of_the_trainer_that_affect_a_result():
+    config = group("trainer", "default")
+    keys = {f"trainer.{key}" for what in ("weights", "outputs") for key in affects(config, what)}
+    assert {key for key in stages()["train"]["params"] if key.startswith("trainer")} == keys
+    assert not any(key.startswith("trainer") for key in stages()["evaluate"]["params"])
+
+
+def test_dvc_evaluates_again_only_for_what_evaluation_imports():
+    """An edit of training or of its reports repeats no evaluation; one of the evaluation repeats no training."""
+    deps = {stage: [Path(dep) for dep in stages()[stage]["deps"]] for stage in stages()}
+    for edited, repeated in (
+        ("training/trainer.py", "train"),
+        ("reporting/reports.py", "train"),
+        ("evaluation/fid.py", "evaluate"),
+    ):
+        path = Path("modeling") / edited
+        assert [stage for stage in deps if any(path.is_relative_to(dep) for dep in deps[stage])] == [repeated]
 
 
 def test_the_fingerprint_covers_the_code_of_training():
-    names = {path.name for entry in ("training", "build") for path in imported_files(entry)}
-    assert {"training.py", "unet.py", "schedule.py", "diffusion.py", "ema.py", "data.py"} <= names
-    assert not {"tracking.py", "progress.py", "config.py", "evaluation.py"} & names
+    names = {str(path.relative_to(PACKAGE)) for path in imported_files("training.trainer", "build")}
+    assert {"training/trainer.py", "training/ema.py", "diffusion/unet.py", "diffusion/schedule.py"} <= names
+    assert {"data/prepared.py", "training/batches.py", "seeds.py"} <= names
+    assert not {name.split("/")[0] for name in names} & {"reporting", "config.py", "evaluation", "interop", "stages"}
 
 
 def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
