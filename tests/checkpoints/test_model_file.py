@@ -73,6 +73,11 @@ def test_metadata_that_lie_are_refused(tmp_path, model, wrong):
         load_trained(tmp_path / "m")
 
 
+def test_a_folder_is_one_of_diffusers(tmp_path):
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        load_trained(tmp_path)
+
+
 def test_too_little_memory_is_not_the_files_fault(tmp_path, model, monkeypatch):
     def full(*_, **__):
         raise MemoryError

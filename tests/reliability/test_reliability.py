@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.reliability.errors import Stopped, UserError, explain, short
+from modeling.reliability.errors import ConfigError, Stopped, UserError, explain, require, short
 from modeling.reliability.files import (
     drop_partial,
     locked,
@@ -44,6 +44,12 @@ def test_errors_of_the_machine_have_a_line_and_bugs_have_none():
 def test_short():
     assert short(ValueError("a\n  b")) == "a b" and len(short(ValueError("x" * 999))) == 160
     assert short(MemoryError()) == "MemoryError"
+
+
+def test_require():
+    require(True, "a.b", 1, "must be 2")
+    with pytest.raises(ConfigError, match="a.b=1: must be 2"):
+        require(False, "a.b", 1, "must be 2")
 
 
 # Signals

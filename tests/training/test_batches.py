@@ -47,13 +47,6 @@ def test_flips_mirror_left_to_right_half_of_the_time():
     assert torch.equal(b, to_model(plain.images[plain.indices(0)]))
 
 
-def test_stored_mirrored_images_give_the_same_batches_in_twice_the_memory():
-    mirrored = source(n=7, flip=True)
-    stored = BatchSource(LabelledImages(mirrored.images, mirrored.all_labels), 4, 0, True, keep_mirrored=True)
-    assert all(torch.equal(stored.batch(step), mirrored.batch(step)) for step in range(10))
-    assert stored.images.untyped_storage().nbytes() == 2 * mirrored.images.nbytes
-
-
 def test_step_seeds_do_not_collide():
     seeds = {step_seed(s, name, step) for s in range(3) for name in ("noise", "t") for step in range(500)}
     assert len(seeds) == 3000 and max(seeds) < 2**63
