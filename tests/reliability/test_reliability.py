@@ -48,7 +48,7 @@ def test_short():
 
 def test_require():
     require(True, "a.b", 1, "must be 2")
-    with pytest.raises(ConfigError, match="a.b=1: must be 2"):
+    with pytest.raises(ConfigError, match=r"a\.b=1: must be 2"):
         require(False, "a.b", 1, "must be 2")
 
 
