@@ -168,8 +168,9 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, caplog):
         restore_newest(tmp_path, allocate)
     assert out_of_memory(raised.value) and "damaged" not in caplog.text
     monkeypatch.setattr(torch, "load", allocate)
-    with pytest.raises(RuntimeError, match="allocate"):
+    with pytest.raises(RuntimeError, match="allocate") as raised:
         read_checkpoint(tmp_path / "step-000000001.pt")
+    assert not isinstance(raised.value, Damaged)
 
 
 def test_if_all_checkpoints_are_damaged_training_does_not_start_from_step_0(tmp_path):

@@ -61,7 +61,9 @@ def test_a_prepared_folder_that_cannot_be_written(tmp_path):
         write(tmp_path / "file" / "x")
 
 
-@pytest.mark.parametrize("content", [None, "{}", "[]", "3", "{", '{"source": 3}'])
+@pytest.mark.parametrize(
+    "content", [None, "{}", "[]", "3", "{", '{"source": 3, "classes": [], "shape": [], "sha256": {}}']
+)
 def test_a_damaged_data_json_is_named(tmp_path, content):
     write(tmp_path / "x")
     (tmp_path / "x/data.json").unlink()
