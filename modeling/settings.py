@@ -290,4 +290,4 @@ GROUPS = {
 def parse_group(group: str, values: dict[str, Any]) -> Any:
     """The dataclass of a group from the plain values that a model file holds."""
     schema = GROUPS[group]
-    return schema.choices.get(values.get(schema.key, ""), schema.base)(**values)
+    return (schema.choices[values[schema.key]] if schema.choices else schema.base)(**values)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from modeling.build import check_sampler
-from modeling.checkpoints.model_file import asked_group, check_agrees, load_trained
+from modeling.checkpoints.model_file import load_trained, requested_variance
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first
 from modeling.inference.device import Compute, choose_compute
@@ -35,12 +35,10 @@ def load_for(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, Any],
     elif config.out_dir is None and not path.exists():
         path = state_root() / "models" / "model.safetensors"
     model, meta = load_trained(path)
-    held = meta["config"]
-    diffusion = asked_group(config, "diffusion", parse_group("diffusion", held["diffusion"]))
-    check_agrees(path, meta, asked_group(config, "model", parse_group("model", held["model"])), diffusion)
-    model.variance = diffusion.variance  # agrees if it is learned; the fixed ones are free
-    named = config.names("data") or "data" not in held  # a foreign model does not say what it was trained on
-    data: DataConfig = config.data if named else parse_group("data", held["data"])
+    model.variance = requested_variance(config, path, meta)
+    # A foreign model does not say what it was trained on.
+    named = config.names("data") or "data" not in meta["config"]
+    data: DataConfig = config.data if named else parse_group("data", meta["config"]["data"])
     return model, meta, data
 
 
