@@ -9,14 +9,11 @@ from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
 from modeling.diffusion.unet import UNet
 from modeling.reliability.errors import ConfigError, require
 from modeling.seeds import step_seed
-from modeling.settings import DiffusionConfig, ModelConfig, SamplerConfig, own_keys
+from modeling.settings import DiffusionConfig, ModelConfig, SamplerConfig, affects, own_keys
 
 
 def check_image_size(m: ModelConfig, height: int, width: int) -> None:
-    """Raises ConfigError unless the network fits the images.
-
-    They must be square and divisible by the downsampling, and attention must be at resolutions that occur.
-    """
+    """Raises ConfigError unless the network fits the images."""
     require(height == width, "data", f"{width} x {height} pixels", "the images must be square")
     factor = 2 ** (len(m.channel_mult) - 1)
     why = f"images of {height} pixels must be divisible by {factor}, for {len(m.channel_mult)} resolutions"
@@ -27,12 +24,9 @@ def check_image_size(m: ModelConfig, height: int, width: int) -> None:
 
 
 def check_sampler(s: SamplerConfig, num_timesteps: int, classes: Sequence[str], label_dropout: float) -> None:
-    """Raises ConfigError unless a model can be sampled from as the sampler group asks.
+    """Raises ConfigError unless a model can be sampled from as the sampler group says.
 
-    Args:
-        num_timesteps: T of the model.
-        classes: of a class-conditional model; empty if it takes no labels.
-        label_dropout: that the model is trained with.
+    `classes` are those of a class-conditional model, else none; `label_dropout` is that of its training.
     """
     require(s.steps <= num_timesteps, "sampler.steps", s.steps, f"the model has {num_timesteps} time steps")
     guided = s.guidance_scale != 1
@@ -50,9 +44,7 @@ def build_model(
 ) -> DiffusionModel:
     """The untrained model, its initial weights a function of `seed`; ConfigError if it does not fit the data.
 
-    Args:
-        image_shape: (H, W, C).
-        num_classes: of the data; used if the model is class-conditional.
+    `image_shape` is (H, W, C); `num_classes`, of the data, is used if the model is class-conditional.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(seed, "init", 0))
@@ -65,21 +57,12 @@ def build_network(m: ModelConfig, diffusion: DiffusionConfig, image_shape: Seque
     """The network alone, its weights from the global generator; arguments and errors as in build_model."""
     height, width, channels = image_shape
     check_image_size(m, height, width)
-    classes_fit = num_classes > 1 or not m.class_conditional
+    options = affects(m, "weights")
+    conditional = options.pop("class_conditional")
+    classes_fit = num_classes > 1 or not conditional
     require(classes_fit, "model.class_conditional", True, "the data has no classes (for a folder: sub-folders)")
-    return UNet(
-        height,
-        channels,
-        m.model_channels,
-        m.channel_mult,
-        m.num_res_blocks,
-        m.attention_resolutions,
-        m.num_heads,
-        m.dropout,
-        m.norm_groups,
-        out_channels=2 * channels if diffusion.variance == "learned" else channels,
-        num_classes=num_classes if m.class_conditional else 0,
-    )
+    out_channels = 2 * channels if diffusion.variance == "learned" else channels
+    return UNet(height, channels, out_channels=out_channels, num_classes=num_classes if conditional else 0, **options)
 
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:

@@ -23,8 +23,7 @@ _ALLOWED = sorted({*_TOP, "experiment", *GROUPS})
 def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """Checks a composed configuration and turns it into settings, else raises ConfigError.
 
-    Args:
-        overrides: what the user typed, as `group=choice` or `group.key=value`; kept in Config.named.
+    `overrides` are what the user typed, as `group=choice` or `group.key=value`; their keys are kept in Config.named.
     """
     for key in cfg:
         if key not in _ALLOWED:
@@ -39,21 +38,15 @@ def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     for group, schema in GROUPS.items():
         node = cfg.get(group)
         require(isinstance(node, DictConfig), group, node, "a group of keys is expected")
-        cls = schema.base
-        if schema.choices:
-            choice = str(node.get(schema.key))
-            require(
-                choice in schema.choices, f"{group}.{schema.key}", choice, f"allowed are {', '.join(schema.choices)}"
-            )
-            cls = schema.choices[choice]
-        groups[group] = _structured(f"{group}.", cls, node)
+        choice, allowed = str(node.get(schema.key)), f"allowed are {', '.join(schema.choices)}"
+        require(choice in schema.choices or not schema.choices, f"{group}.{schema.key}", choice, allowed)
+        groups[group] = _structured(f"{group}.", schema.choices.get(choice, schema.base), node)
     top = _structured("", TopConfig, OmegaConf.masked_copy(cfg, _TOP))
     named = frozenset(re.split(r"[@=]", override.lstrip("+~"))[0] for override in overrides)
     config = Config(**vars(top), **groups, named=named)
-    for prefix, values in {"": top, **{f"{group}.": values for group, values in groups.items()}}.items():
-        _check_ranges(prefix, values)
-        for holds, key, allowed in values.fits(config):
-            require(holds, prefix + key, getattr(values, key), allowed)
+    _check_ranges("", top, config)
+    for group, values in groups.items():
+        _check_ranges(f"{group}.", values, config)
     return config
 
 
@@ -70,13 +63,15 @@ def _structured(prefix: str, schema: type[Group], node: DictConfig) -> Any:
         raise ConfigError(f"{key.rstrip('.')}: {str(error.msg or error).splitlines()[0]}") from None
 
 
-def _check_ranges(prefix: str, values: Group) -> None:
+def _check_ranges(prefix: str, values: Group, config: Config) -> None:
     for f in fields(values):  # type: ignore[arg-type]  # every group is a dataclass
         value = getattr(values, f.name)
         numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)]
         require(all(map(math.isfinite, numbers)), prefix + f.name, value, "must be finite")
         if "holds" in f.metadata:
             require(f.metadata["holds"](value), prefix + f.name, value, f.metadata["allowed"])
+    for holds, key, allowed in values.fits(config):
+        require(holds, prefix + key, getattr(values, key), allowed)
 
 
 def no_such_key(key: str) -> str:

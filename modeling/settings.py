@@ -16,13 +16,10 @@ STAGES = ("all", "prepare", "train", "sample", "evaluate", "export")
 
 
 def _key(holds: Callable[[Any], bool] = lambda _: True, allowed: str = "", affects: str = "weights") -> Any:
-    """A key with a range.
+    """A key with a range: whether a value `holds`, and what is `allowed`, for the message.
 
-    Args:
-        holds: whether a value is allowed.
-        allowed: says so to the user.
-        affects: "weights" (part of a training run's fingerprint), "outputs" (of what a run publishes, but not of its
-            weights) or "nothing" (but speed, memory and safety).
+    It affects "weights" (then it is part of a run's fingerprint), "outputs" (what else a run publishes) or "nothing"
+    (but speed, memory and safety).
     """
     return field(metadata={"holds": holds, "allowed": allowed, "affects": affects})
 
@@ -293,4 +290,4 @@ GROUPS = {
 def parse_group(group: str, values: dict[str, Any]) -> Any:
     """The dataclass of a group from the plain values that a model file holds."""
     schema = GROUPS[group]
-    return schema.choices.get(values.get(schema.key, ""), schema.base)(**values)
+    return (schema.choices[values[schema.key]] if schema.choices else schema.base)(**values)

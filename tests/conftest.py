@@ -37,8 +37,8 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 def no_process_is_left():
     """Ends what a failed test has left running or stopped."""
     yield
-    if "launch" in sys.modules:
-        sys.modules["launch"].end_all()
+    if "helpers.processes" in sys.modules:
+        sys.modules["helpers.processes"].end_all()
 
 
 @pytest.fixture

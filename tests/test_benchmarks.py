@@ -113,7 +113,7 @@ def test_kept_memory_is_compared_with_the_defaults_of_glibc(monkeypatch):
     assert len(set(map(id, places))) == 2 and len(kept) == 1
 
 
-def test_reliability_counts_what_guarantees_take(tmp_path, monkeypatch):
+def test_reliability_counts_what_guarantees_take(monkeypatch):
     monkeypatch.setattr(reliability, "WARM", 2)
     small = ["experiment=tiny", "wandb.mode=disabled", "trainer.log_every=2", "trainer.checkpoint_every=4"]
     with Elsewhere() as process:
@@ -123,7 +123,8 @@ def test_reliability_counts_what_guarantees_take(tmp_path, monkeypatch):
         for name in ("logged", "stepped", "save"):
             if hasattr(cls, name):
                 monkeypatch.setattr(cls, name, getattr(cls, name))  # put back what Clock replaces
-    monkeypatch.setenv("DVC_ROOT", "")
+    for name in ("DVC_ROOT", "WANDB_MODE"):
+        monkeypatch.setenv(name, "")  # put back what it sets
     found = reliability.speed(12, *small)
     assert found["steps_per_second"] > 0 and found["row_ms"] > 0 and found["checkpoint_ms"] > 0
     assert 0 < found["left_for_training"] < 1
@@ -142,6 +143,7 @@ def test_time_to_quality_in_parts_is_that_of_one_run(tmp_path, monkeypatch):
     while not run(0, "parts")["done"]:
         parts += 1
     assert parts >= 5
+    assert run(60, "parts")["done"]  # the last step is reported again, and recorded once
     tables = []
     for name in ("whole", "parts"):
         with (tmp_path / name / "quality.csv").open() as file:

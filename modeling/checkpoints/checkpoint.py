@@ -1,6 +1,6 @@
 """Rolling checkpoints of the whole training state.
 
-A checkpoint is written beside its target, flushed, read back and renamed; the two newest stay. A damaged one is skipped
+A checkpoint is written beside its target, read back, flushed and renamed; the two newest stay. A damaged one is skipped
 with a warning, but if all are damaged, training does not start from step 0 unasked. It holds plain types and tensors
 only, so nothing is unpickled.
 """
@@ -25,11 +25,7 @@ VERSION = 3  # of what a checkpoint holds; a file of another version is not read
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Saves the state after `step` steps and removes all but the newest two.
-
-    Raises:
-        UserError: the folder cannot be written; the earlier checkpoints are intact.
-    """
+    """Saves the state after `step` steps and removes all but the newest two; UserError leaves the others intact."""
     path = folder / f"step-{step:09}.pt"
     with replacing(path) as partial:
         with partial.open("wb") as file:  # given a path, torch does not say that the disk is full
@@ -67,31 +63,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             # torch stores without compression, so what expands is not a checkpoint.
-            plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-            damaged = archive.testzip() if plain else "a compressed record"
-        if damaged:
-            raise Damaged(f"checksum of {damaged}")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+            if record := archive.testzip():
+                raise ValueError(f"checksum of {record}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about oddities of the file
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("version") != VERSION:
+            raise ValueError(f"its version is {state.get('version')}, not {VERSION}")
     except Exception as error:  # what a parser of hostile bytes raises is a long list, and none of it is our bug
         if out_of_memory(error):
             raise
         raise Damaged(short(error)) from None
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        found = state.get("version") if isinstance(state, dict) else None
-        raise Damaged(f"its version is {found}, not {VERSION}")
     return state
 
 
 def restore_newest(folder: Path, restore: Callable[[dict[str, Any]], None]) -> bool:
-    """Passes the newest usable checkpoint to `restore`; the others are skipped with a warning.
-
-    Args:
-        restore: raises Damaged if it cannot use a state.
-
-    Returns:
-        False if there is no checkpoint at all.
+    """Passes the newest checkpoint that `restore` does not refuse as Damaged to it; False if the folder has none.
 
     Raises:
         UserError: there are checkpoints, and none can be used.

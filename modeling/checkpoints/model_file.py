@@ -3,7 +3,6 @@
 So `load_trained` needs nothing but the file. Nothing is unpickled, and a checksum of the weights is verified.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -21,21 +20,18 @@ from modeling.diffusion.model import DiffusionModel
 from modeling.interop.diffusers import load_diffusers
 from modeling.reliability.errors import ConfigError, UserError, out_of_memory, short
 from modeling.reliability.files import write_atomic
-from modeling.settings import MAX_TIMESTEPS, Config, DiffusionConfig, ModelConfig, affects, parse_group
+from modeling.settings import MAX_TIMESTEPS, Config, affects, parse_group
 
-RUN_NAME = re.compile(r"[A-Za-z0-9-]+")
+RUN_NAME = re.compile(r"[A-Za-z0-9-]+")  # part of a path
+FREE = ("dropout", "min_snr_gamma")  # keys that affect how weights are trained, and not which weights fit
 
 
-def save_model(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Writes weights as safetensors, with `config` and a checksum of the weights as JSON in the metadata.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+def save_model(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes weights as safetensors, with `about` and a checksum of the weights as JSON in the metadata."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # All in one entry: the order of several would differ from process to process.
-    held = json.dumps({**config, "sha256": weights_hash(contiguous)}, sort_keys=True)
-    write_atomic(path, safetensors_bytes(contiguous, {"config": held}))
+    metadata = json.dumps({**about, "sha256": weights_hash(contiguous)}, sort_keys=True)
+    write_atomic(path, safetensors_bytes(contiguous, {"config": metadata}))
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -47,19 +43,15 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration of a published model.
-
-    Raises:
-        UserError: missing, damaged, or not written by save_model.
-    """
+    """The tensors and the metadata of a file that save_model has written; UserError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        config: dict[str, Any] = json.loads(metadata["config"])
-        if config["sha256"] != weights_hash(tensors):
+        about: dict[str, Any] = json.loads(metadata["config"])
+        if about["sha256"] != weights_hash(tensors):
             raise ValueError("its weights are not those that were saved")
-        return tensors, config
+        return tensors, about
     except FileNotFoundError:
         raise UserError(f"no model in {path}: train one first (stage=train) or name a file") from None
     except (OSError, SafetensorError, TypeError, ValueError) as error:
@@ -68,37 +60,28 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"model {path} carries no configuration: it was not written by this project") from None
 
 
-def architecture(model: ModelConfig, diffusion: DiffusionConfig) -> dict[str, Any]:
-    """The keys of the two groups that a set of trained weights fits."""
-    groups = {"model": affects(model, "weights"), "diffusion": affects(diffusion, "weights")}
-    del groups["model"]["dropout"], groups["diffusion"]["min_snr_gamma"]
-    if diffusion.variance != "learned":  # the fixed ones can be chosen when sampling
-        groups["diffusion"]["variance"] = "fixed"
-    return {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
-
-
 def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
-    """A model from its file or from a folder of diffusers, in eval mode on the CPU, and its metadata.
-
-    stages/train.py says what the metadata hold.
+    """A model from its file or from a folder of diffusers, in eval mode on the CPU, and its metadata (stages/train.py).
 
     Raises:
-        UserError: missing, damaged, or the weights do not fit the architecture that the file names.
+        UserError: missing, damaged, or the weights do not fit the architecture that the metadata name.
     """
     try:
         tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
         meta["sha256"] = weights_hash(tensors)
-        if not RUN_NAME.fullmatch(meta["run"]) or not isinstance(
-            meta["steps"], int
-        ):  # part of a path, and of W&B's axis
+        if not RUN_NAME.fullmatch(meta["run"]) or not isinstance(meta["steps"], int):
             raise ValueError(f"it names the run {meta['run']!r} and the steps {meta['steps']!r}")
         if "data" in meta["config"]:
             parse_group("data", meta["config"]["data"])
         model = parse_group("model", meta["config"]["model"])
         diffusion = parse_group("diffusion", meta["config"]["diffusion"])
-        num_classes = len(meta["classes"])
-        _check_sizes(tensors, model, diffusion, meta["image_shape"], num_classes)
-        trained = build_model(model, diffusion, meta["image_shape"], num_classes, seed=0)
+        # A small file may name a giant, so the sizes are checked first, on a network without memory.
+        if max(model.num_res_blocks, len(model.channel_mult)) > len(tensors) or diffusion.num_timesteps > MAX_TIMESTEPS:
+            raise ValueError("its metadata name sizes that its tensors do not have")
+        with torch.device("meta"):
+            network = build_network(model, diffusion, meta["image_shape"], len(meta["classes"]))
+        network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()}, assign=True)
+        trained = build_model(model, diffusion, meta["image_shape"], len(meta["classes"]), seed=0)
         trained.load_state_dict(tensors)
     except UserError:
         raise
@@ -109,44 +92,23 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
     return trained.eval(), meta
 
 
-def _check_sizes(
-    tensors: dict[str, Tensor], model: ModelConfig, diffusion: DiffusionConfig, image_shape: list[int], num_classes: int
-) -> None:
-    """Raises ValueError unless a file holds the network that it names: a small file may name a giant."""
-    if max(model.num_res_blocks, len(model.channel_mult)) > len(tensors) or diffusion.num_timesteps > MAX_TIMESTEPS:
-        raise ValueError("its metadata name sizes that its tensors do not have")
-    with torch.device("meta"):  # shapes without memory
-        network = build_network(model, diffusion, image_shape, num_classes)
-    shapes = {f"network.{name}": tensor.shape for name, tensor in network.state_dict().items()}
-    for name in sorted({*shapes, *tensors}):
-        held = tuple(tensors[name].shape) if name in tensors else None
-        if tuple(shapes.get(name, ())) != held or name not in shapes:
-            raise ValueError(f"{name} has the shape {held}, expected is {tuple(shapes.get(name, ()))}")
-
-
-def check_agrees(path: Path, meta: dict[str, Any], model: ModelConfig, diffusion: DiffusionConfig) -> None:
-    """Raises ConfigError, which names the first key that differs, unless a configuration fits a model file."""
-    groups = {group: parse_group(group, meta["config"][group]) for group in ("model", "diffusion")}
-    asked, held = architecture(model, diffusion), architecture(groups["model"], groups["diffusion"])
-    # The schedule first: it decides which other keys there are.
-    for key in sorted({*asked, *held}, key=lambda key: (key != "diffusion.schedule", key)):
-        if asked.get(key) != held.get(key):
-            group, name = key.split(".")
-            value = getattr({"model": model, "diffusion": diffusion}[group], name, None)
-            has = getattr(groups[group], name, None)
-            raise ConfigError(f"{key}={value}: the model in {path} has {has}; leave it out")
-
-
-def asked_group(config: Config, group: str, held: Any) -> Any:
-    """The group that the user wants of a model file: the file's, with the keys that the user typed; or a chosen one.
+def requested_variance(config: Config, path: Path, meta: Mapping[str, Any]) -> str:
+    """The variance to sample with: that of the model file, unless the user requests another that its weights allow.
 
     Raises:
-        ConfigError: a key that the file's choice of the group does not have.
+        ConfigError: the user requests another network or diffusion; the message names the first key that differs.
     """
-    typed = [key.split(".")[1] for key in config.named if key.startswith(f"{group}.") and key != "model.weights"]
-    if group in config.named or "experiment" in config.named:
-        return getattr(config, group)
-    for key in typed:
-        if not hasattr(held, key):
-            raise ConfigError(f"{group}.{key}: the model has another {group}, without such a key; leave it out")
-    return dataclasses.replace(held, **{key: getattr(getattr(config, group), key) for key in typed})
+    variance: str = meta["config"]["diffusion"]["variance"]
+    for group in ("diffusion", "model"):
+        own = affects(parse_group(group, meta["config"][group]), "weights")
+        requested = affects(getattr(config, group), "weights")
+        if not {group, "experiment"} & config.named:  # then single keys, if any
+            requested = {key: value for key, value in requested.items() if f"{group}.{key}" in config.named}
+        variance = requested.get("variance", variance)
+        for key, value in requested.items():  # the schedule is the first: it decides which other keys there are
+            if key not in own:
+                raise ConfigError(f"{group}.{key}: the model has another {group}, without such a key; leave it out")
+            free = key in FREE or (key == "variance" and "learned" not in (value, own[key]))
+            if value != own[key] and not free:
+                raise ConfigError(f"{group}.{key}={value}: the model in {path} has {own[key]}; leave it out")
+    return variance

@@ -42,15 +42,13 @@ class Prepared:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.meta: dict[str, Any] = json.loads((folder / "data.json").read_text())
-            missing = {"classes", "shape", "sha256"} - {*self.meta}
-            if missing:
-                raise ValueError(f"data.json does not say {', '.join(sorted(missing))}")
-        except (OSError, TypeError, ValueError) as error:
+            meta = json.loads((folder / "data.json").read_text())
+            self.source: dict[str, Any] = dict(meta["source"])  # the settings that it was made with
+            self.classes: list[str] = meta["classes"]
+            self.shape: list[int] = meta["shape"]  # (H, W, C) of one image
+            self.sha256: dict[str, str] = meta["sha256"]
+        except (KeyError, OSError, TypeError, ValueError) as error:
             raise UserError(f"no prepared data in {folder} ({error}): run stage=prepare first") from None
-        self.classes: list[str] = self.meta["classes"]
-        self.shape: list[int] = self.meta["shape"]  # (H, W, C) of one image
-        self.sha256: dict[str, str] = self.meta["sha256"]
 
     @cached_property
     def train(self) -> LabelledImages:
@@ -66,10 +64,10 @@ class Prepared:
         def load(stem: str, mmap_mode: Literal["c"] | None) -> Tensor:
             path = self.folder / f"{stem}.npy"
             try:
-                if _sha256(path) != self.sha256.get(stem):
+                if _sha256(path) != self.sha256[stem]:
                     raise ValueError("its SHA-256 is not the one in data.json")
                 return torch.from_numpy(np.load(path, mmap_mode))
-            except (AttributeError, EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+            except (KeyError, OSError, TypeError, ValueError) as error:
                 raise UserError(f"{path} is damaged ({short(error)}): run stage=prepare again") from None
 
         # "c" maps copy-on-write: the tensor may be written to, the file never is.
@@ -77,22 +75,19 @@ class Prepared:
 
 
 def write_prepared(target: Path, source: sources.Source, made_from: dict[str, Any]) -> Prepared:
-    """Writes a prepared folder whole or not at all, else raises UserError. One process at a time.
-
-    Args:
-        made_from: the settings of the source.
-    """
+    """Writes a prepared folder whole or not at all, else raises UserError; `made_from` are the source's settings."""
     train, test, classes = source
-    meta: dict[str, Any] = {"source": made_from, "classes": list(classes), "shape": list(train[0].shape[1:])}
-    meta["sha256"] = {}
+    arrays = {"train": train[0], "train_labels": train[1], "test": test[0], "test_labels": test[1]}
+    counts = {"num_train": len(train[0]), "num_test": len(test[0])}
+    meta: dict[str, Any] = {"source": made_from, "classes": list(classes), "shape": list(train[0].shape[1:]), **counts}
     with replacing_folder(target) as partial:
-        for name, (images, labels) in (("train", train), ("test", test)):
-            meta[f"num_{name}"] = len(images)
-            for stem, array in ((name, images), (f"{name}_labels", labels)):
-                poll()
-                np.save(partial / f"{stem}.npy", np.ascontiguousarray(array))
-                meta["sha256"][stem] = _sha256(partial / f"{stem}.npy")
+        for stem, array in arrays.items():
+            poll()
+            np.save(partial / f"{stem}.npy", np.ascontiguousarray(array))
+        meta["sha256"] = {stem: _sha256(partial / f"{stem}.npy") for stem in arrays}
         (partial / "data.json").write_text(json.dumps(meta, indent=2) + "\n")
+    size = " x ".join(map(str, meta["shape"]))
+    log.info("data: %s, %d + %d images of %s, in %s", made_from["name"], *counts.values(), size, target)
     return Prepared(target)
 
 
@@ -108,23 +103,11 @@ def prepared_folder(config: Config, data: DataConfig) -> Path:
 
 
 def prepare(config: Config, data: DataConfig, again: bool) -> Prepared:
-    """The prepared folder of `data`, made if it is missing or if it is to be made `again`.
-
-    A second process waits for the first.
-    """
+    """The prepared folder of `data`, made if it is missing or if it is to be made `again`; one process at a time."""
     target = prepared_folder(config, data)
     with locked(target.with_name(f".{target.name}.lock"), wait=True):
         if again or not (target / "data.json").exists():
-            prepared = write_prepared(target, sources.SOURCES[data.name](**own_keys(data)), asdict(data))
-            counts, size = prepared.meta, " x ".join(map(str, prepared.shape))
-            log.info(
-                "data: %s, %d + %d images of %s, in %s",
-                data.name,
-                counts["num_train"],
-                counts["num_test"],
-                size,
-                target,
-            )
+            return write_prepared(target, sources.SOURCES[data.name](**own_keys(data)), asdict(data))
         return Prepared(target)
 
 
@@ -139,12 +122,9 @@ def ensure_prepared(config: Config, data: DataConfig) -> Prepared:
     if config.out_dir is None and not (target / "data.json").exists():
         return prepare(config, data, again=False)
     prepared = Prepared(target)
-    made_from = prepared.meta.get("source")
     for key, value in asdict(data).items():
-        if isinstance(made_from, dict) and made_from.get(key, value) != value:
-            raise ConfigError(
-                f"data.{key}={value}: {target} was made with {key}={made_from[key]}: run stage=prepare again"
-            )
+        if (made := prepared.source.get(key, value)) != value:
+            raise ConfigError(f"data.{key}={value}: {target} was made with {key}={made}: run stage=prepare again")
     return prepared
 
 

@@ -50,19 +50,12 @@ REGIONS: dict[str, Callable[[Array, Array], Array]] = {
 def draw_shapes(
     count: int, image_size: int, seed: int, split: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Draws `count` images, the classes in turn.
+    """`count` images of `image_size` pixels, the classes in turn: uint8 [N, H, W, 3] and int64 labels [N].
 
-    Args:
-        count: N.
-        image_size: H = W, in pixels.
-        seed: of the data set.
-        split: 0 for the training images, 1 for the test images; the two never share a random number.
-
-    Returns:
-        uint8 [N, H, W, 3] and int64 [N], the indices into CLASSES.
+    `split` is 0 for training and 1 for testing; the two never share a random number.
     """
     images = np.empty((count, image_size, image_size, 3), np.uint8)
-    labels = np.arange(count) % len(CLASSES)
+    labels = np.arange(count, dtype=np.int64) % len(CLASSES)
     pixels = np.arange(image_size) + 0.5
     for k in range(count):
         poll()
@@ -75,4 +68,4 @@ def draw_shapes(
         colour = np.array(COLOURS[name]) * rng.uniform(0.85, 1.0)
         background = rng.uniform(0.05, 0.15)
         images[k] = np.round(255 * (coverage * colour + (1 - coverage) * background))
-    return images, labels.astype(np.int64)
+    return images, labels

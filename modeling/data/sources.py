@@ -7,6 +7,7 @@ To add a source: docs/extending.md.
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,8 @@ MAX_PIXELS = 1 << 24  # of one image, 4096 x 4096: a small file that unpacks to 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
-def raw_cifar10() -> Path:
-    """The folder of CIFAR-10's own files."""
-    return Path(os.environ.get("CIFAR10_ROOT") or state_root() / "data" / "raw")
-
-
 def cifar10() -> Source:
-    """CIFAR-10 from raw_cifar10(), downloaded there if it is missing; torchvision checks the MD5 of the files.
+    """CIFAR-10 from $CIFAR10_ROOT or data/raw, downloaded if it is missing; torchvision checks the MD5 of the files.
 
     Raises:
         UserError: no complete copy and no network.
@@ -40,37 +36,33 @@ def cifar10() -> Source:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    root = raw_cifar10()
+    root = Path(os.environ.get("CIFAR10_ROOT") or state_root() / "data" / "raw")
 
-    def load(train: bool, download: bool) -> tuple[Split, list[str]]:
-        dataset = CIFAR10(str(root), train=train, download=download)
-        return (np.asarray(dataset.data), np.asarray(dataset.targets, np.int64)), list(dataset.classes)
+    def load(download: bool) -> Source:
+        train, test = (CIFAR10(str(root), train=train, download=download) for train in (True, False))
+        splits = [(np.asarray(split.data), np.asarray(split.targets, np.int64)) for split in (train, test)]
+        return splits[0], splits[1], list(train.classes)
 
+    with suppress(RuntimeError):  # not found, or damaged
+        return load(download=False)
     try:
-        train, classes = load(True, False)
-    except RuntimeError:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with locked(root / ".lock", wait=True), stopped_at_once():  # one download, which can be stopped
-                train, classes = load(True, True)
-        except Stopped:
-            raise
-        except (OSError, RuntimeError, UserError) as error:
-            files = {root / CIFAR10.base_folder / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
-            bad = [path.name for path, md5 in files.items() if path.exists() and not check_integrity(path, md5)]
-            damaged = f" ({', '.join(bad)}: wrong MD5)" if bad else ""
-            raise UserError(
-                f"no complete CIFAR-10 in {root}{damaged}, and it could not be downloaded ({error}): set CIFAR10_ROOT "
-                "to the folder that holds cifar-10-batches-py or cifar-10-python.tar.gz, or use data=shapes, which "
-                "needs none"
-            ) from None
-    return train, load(False, False)[0], classes
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / ".lock", wait=True), stopped_at_once():
+            return load(download=True)
+    except Stopped:
+        raise
+    except (OSError, RuntimeError, UserError) as error:
+        files = {root / CIFAR10.base_folder / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
+        bad = [path.name for path, md5 in files.items() if path.exists() and not check_integrity(path, md5)]
+        damaged = f" ({', '.join(bad)}: wrong MD5)" if bad else ""
+        raise UserError(
+            f"no complete CIFAR-10 in {root}{damaged}, and it could not be downloaded ({error}): set CIFAR10_ROOT to "
+            "the folder that holds cifar-10-batches-py or cifar-10-python.tar.gz, or use data=shapes, which needs none"
+        ) from None
 
 
 def folder(path: str, test_fraction: float) -> Source:
-    """A user's own images of one size; sub-folders, if any, are the classes.
-
-    A share `test_fraction` of the images, chosen at random, is set aside for testing.
+    """A user's own images of one size; sub-folders, if any, are the classes; a random `test_fraction` is for testing.
 
     Raises:
         UserError: no images, an unreadable file, mixed sizes, or too few images for both splits.
@@ -81,23 +73,20 @@ def folder(path: str, test_fraction: float) -> Source:
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"no images in {path}: it must hold files that end in {', '.join(IMAGE_SUFFIXES)}")
-    images = [_read_image(file) for file in files]
-    for file, image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
-            raise UserError(
-                f"{file} is {image.shape[1]} x {image.shape[0]} pixels, {files[0]} is {images[0].shape[1]} x "
-                f"{images[0].shape[0]}: all images must have one size"
-            )
-    names = [str(f.parent.relative_to(root)) for f in files]
-    classes = sorted({*names})
-    labels = np.array([classes.index(name) for name in names], np.int64)
-    order = np.random.default_rng(0).permutation(len(files))
     num_test = max(1, round(test_fraction * len(files)))
     if num_test >= len(files):
         raise UserError(f"{path} holds {len(files)} images: too few to set {num_test} aside for testing")
+    images = [_read_image(file) for file in files]
+    sizes = [f"{image.shape[1]} x {image.shape[0]}" for image in images]
+    for file, size in zip(files, sizes, strict=True):
+        if size != sizes[0]:
+            raise UserError(f"{file} is {size} pixels, {files[0]} is {sizes[0]}: all images must have one size")
+    names = [str(file.parent.relative_to(root)) for file in files]
+    classes, labels = np.unique(names, return_inverse=True)
+    order = np.random.default_rng(0).permutation(len(files))  # so that the first test images are of all classes
+    test, train = order[:num_test], order[num_test:]
     stacked = np.stack(images)
-    test, train = order[:num_test], order[num_test:]  # shuffled: the first test images are of all classes
-    return (stacked[train], labels[train]), (stacked[test], labels[test]), classes
+    return (stacked[train], labels[train]), (stacked[test], labels[test]), classes.tolist()
 
 
 def _read_image(file: Path) -> Uint8:

@@ -33,16 +33,14 @@ def held_out_report(model: DiffusionModel, data: LabelledImages, batch_size: int
 
 def strata(num_timesteps: int, count: int | None) -> list[tuple[int, int]]:
     """Splits t = 1 ... T - 1 into at most `count` ranges [first, end) that grow geometrically; None: one for each t."""
-    if num_timesteps == 1:
-        return []
     if count is None or count >= num_timesteps - 1:
         return [(t, t + 1) for t in range(1, num_timesteps)]
-    ends: list[int] = [1]
-    for k in range(1, count + 1):
+    ends = [1]
+    for left in range(count, 1, -1):
         # The rest is divided evenly on a logarithmic scale, but no range is empty.
-        ideal = ends[-1] * (num_timesteps / ends[-1]) ** (1 / (count - k + 1))
-        ends.append(num_timesteps if k == count else max(ends[-1] + 1, round(ideal)))
-    return list(pairwise(ends))
+        ideal = ends[-1] * (num_timesteps / ends[-1]) ** (1 / left)
+        ends.append(max(ends[-1] + 1, round(ideal)))
+    return list(pairwise([*ends, num_timesteps]))
 
 
 @torch.no_grad()
@@ -51,45 +49,35 @@ def bits_per_dim(
 ) -> dict[str, Any]:
     """The variational bound in bits a dimension, its standard error over the images, and the parts that it sums.
 
-    All processes must call this; each evaluates a share.
-
-    Args:
-        model: in eval mode, on the device.
-        timesteps: drawn for each image; None: all of them.
+    `timesteps` are drawn for each image; None: all of them. The model is in eval mode. All processes must call this;
+    each evaluates a share.
     """
 
-    def rows(indices: range) -> Tensor:
-        return _bound_terms(model, data, indices, timesteps, compute)
+    def terms(indices: range) -> Tensor:
+        """Prior, middle and decoder of images `indices`, float64 [N, 3] on the CPU, in bits a dimension."""
+        x_0, y = model_inputs(model, data, indices, compute)
+        noise = SampleNoise(SEED + 1, indices, x_0.shape[1:], compute.device)
+        generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
+
+        def term(t: Tensor) -> Tensor:
+            poll()
+            with compute.autocast():
+                return model.bound_term(x_0, t.to(compute.device), noise(), y=y).double().cpu()
+
+        decoder = term(torch.zeros(len(x_0), dtype=torch.int64))
+        middle = torch.zeros(len(x_0), dtype=torch.float64)
+        for first, end in strata(model.schedule.num_timesteps, timesteps):
+            t = torch.cat([torch.randint(first, end, (1,), generator=g) for g in generators])
+            middle += (end - first) * term(t)
+        return torch.stack([prior_term(model.schedule, x_0).double().cpu(), middle, decoder], dim=1)
 
     empty = torch.empty(0, 3, dtype=torch.float64)
-    table = sharded_batches(len(data.images), batch_size, rows, empty).T.contiguous()  # [3, N]
+    table = sharded_batches(len(data.images), batch_size, terms, empty).T.contiguous()  # [3, N]
     total, n = table.sum(0), table.shape[1]
-    prior, middle, decoder = table.mean(1).tolist()
     return {
         "bits_per_dim": total.mean().item(),
         "bits_per_dim_stderr": total.std().item() / math.sqrt(n),
-        "bits_per_dim_parts": {"prior": prior, "middle": middle, "decoder": decoder},
+        "bits_per_dim_parts": dict(zip(("prior", "middle", "decoder"), table.mean(1).tolist(), strict=True)),
         "bits_per_dim_images": n,
         "bits_per_dim_timesteps": min(timesteps or model.schedule.num_timesteps, model.schedule.num_timesteps),
     }
-
-
-def _bound_terms(
-    model: DiffusionModel, data: LabelledImages, indices: range, timesteps: int | None, compute: Compute
-) -> Tensor:
-    """Prior, middle and decoder of images `indices`, float64 [N, 3] on the CPU, in bits a dimension."""
-    x_0, y = model_inputs(model, data, indices, compute)
-    noise = SampleNoise(SEED + 1, indices, x_0.shape[1:], compute.device)
-    generators = [torch.Generator().manual_seed(step_seed(SEED, "bits", k)) for k in indices]
-
-    def term(t: Tensor) -> Tensor:
-        poll()
-        with compute.autocast():
-            return model.bound_term(x_0, t.to(compute.device), noise(), y=y).double().cpu()
-
-    decoder = term(torch.zeros(len(x_0), dtype=torch.int64))
-    middle = torch.zeros(len(x_0), dtype=torch.float64)
-    for first, end in strata(model.schedule.num_timesteps, timesteps):
-        t = torch.cat([torch.randint(first, end, (1,), generator=g) for g in generators])
-        middle += (end - first) * term(t)
-    return torch.stack([prior_term(model.schedule, x_0).double().cpu(), middle, decoder], dim=1)

@@ -12,6 +12,7 @@ import logging
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,18 +42,13 @@ class Unavailable(UserError):
     """The Inception weights cannot be downloaded; the message says why and what to do."""
 
 
+@dataclass
 class Inception:
-    """The feature extractor.
+    """The feature extractor."""
 
-    Args:
-        network: maps uint8 [N, 3, H, W] to pool features and logits, see FEATURES.
-        sha256: of the file with its weights.
-    """
-
-    def __init__(self, network: nn.Module, sha256: str, device: torch.device) -> None:
-        self.network = network.to(device)
-        self.sha256 = sha256
-        self.device = device
+    network: nn.Module  # maps uint8 [N, 3, H, W] to pool features and logits, see FEATURES
+    sha256: str  # of the file with its weights
+    device: torch.device
 
     @torch.no_grad()
     def features(self, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -60,13 +56,14 @@ class Inception:
 
         `images` are batches of uint8 [B, C, H, W]; C = 3, or 1, which is repeated.
         """
+        network = self.network.to(self.device)
 
         def run(batch: Tensor, rows: range) -> Tensor:
             poll()
             if not rows:
                 return torch.empty(0, sum(FEATURES))
             rgb = batch[rows.start : rows.stop].to(self.device).expand(-1, 3, -1, -1)
-            return torch.cat([part.float().cpu() for part in self.network(rgb)], dim=1)
+            return torch.cat([part.float().cpu() for part in network(rgb)], dim=1)
 
         parts = [sharded(len(batch), partial(run, batch)) for batch in images]
         pool, logits = torch.split(torch.cat(parts), FEATURES, dim=1)
@@ -74,15 +71,9 @@ class Inception:
 
 
 def load_inception(weights: str | None, sha256: str, device: torch.device) -> Inception:
-    """The feature extractor with the weights of a file.
+    """The feature extractor with the weights of a local file, or for None of the published one, see `download`.
 
-    Args:
-        weights: a local file, or None: the published file, downloaded on first use.
-        sha256: the SHA-256 of the file, or its beginning.
-
-    Raises:
-        Unavailable: no network.
-        UserError: the local file is missing, or is not the one that `sha256` names.
+    UserError if the file is missing, damaged, or its SHA-256 does not begin with `sha256`.
     """
     path = download(sha256) if weights is None else Path(weights)
     try:
@@ -101,56 +92,48 @@ def load_inception(weights: str | None, sha256: str, device: torch.device) -> In
 
 def download(sha256: str) -> Path:
     """The published weights in PyTorch's cache folder, downloaded by the first process; else Unavailable in all."""
-    path, reason = from_first(lambda: _download(sha256))
-    if reason:
-        raise Unavailable(reason)
-    return Path(path)
-
-
-def _download(sha256: str) -> tuple[str, str]:
-    """The file, or why there is none."""
     path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
-    if not path.exists():
+
+    def failure() -> str:
+        if path.exists():
+            return ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with stopped_at_once():
                 torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:
-            return "", (
-                f"the Inception weights could not be downloaded ({short(error)}): put {path.name} of torch-fidelity "
-                f"into {path.parent}, or name the file: evaluation.inception_weights=<file>"
-            )
-    return str(path), ""
+            return short(error)
+        return ""
+
+    reason = from_first(failure)
+    if reason:
+        raise Unavailable(
+            f"the Inception weights could not be downloaded ({reason}): put {path.name} of torch-fidelity "
+            f"into {path.parent}, or name the file: evaluation.inception_weights=<file>"
+        )
+    return path
 
 
 def reference_features(inception: Inception, images: Tensor, data_sha256: str, folder: Path, batch_size: int) -> Tensor:
     """Pool features of the training images [N, 2048], computed once and kept in `folder`.
 
-    The processes but the first may get none.
+    Only the first process gets those that were kept; the others get none.
     """
     key = hashlib.sha256(f"{data_sha256} train {inception.sha256}".encode()).hexdigest()[:16]
     path = folder / f"{key}.npy"
-    known = torch.empty(0)
-    if is_first() and path.exists():
-        try:
-            known = torch.from_numpy(np.load(path))
-        except (OSError, ValueError, EOFError) as error:
-            log.warning("%s is damaged (%s): computing it again", path, error)
-    if from_first(lambda: len(known) > 0):
-        return known
+    kept = _read(path) if is_first() else None
+    if from_first(lambda: kept is not None):
+        return torch.empty(0) if kept is None else kept
     log.info("features of %d training images, once: %s", len(images), path)
     pool, _ = inception.features(torch.split(images, batch_size))
-    if is_first():
-        _save(path, pool)
+    _save(path, pool)
     return pool
 
 
 def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
     """Samples 0 to count - 1 in batches of `shard`, uint8 [B, C, H, W]: read from `folder`, or drawn and kept there.
 
-    Args:
-        folder: one for each (weights, sampler): nothing in it is checked against them.
-        draw: returns the samples of a range of indices.
+    The folder is of one (weights, sampler): nothing in it is checked against them.
     """
     for start in range(0, count, shard):
         indices = range(start, min(start + shard, count))
@@ -158,20 +141,23 @@ def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], T
         images = from_first(partial(_read, path))
         if images is None:
             images = draw(indices)
-            if is_first():
-                _save(path, images)
+            _save(path, images)
         yield images
 
 
 def _save(path: Path, tensor: Tensor) -> None:
-    with replacing(path) as partial_path, partial_path.open("wb") as file:
-        np.save(file, tensor.numpy())
+    if is_first():
+        with replacing(path) as partial_path, partial_path.open("wb") as file:
+            np.save(file, tensor.numpy())
 
 
 def _read(path: Path) -> Tensor | None:
     try:
         return torch.from_numpy(np.load(path))
-    except (OSError, ValueError, EOFError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        log.warning("%s is damaged (%s): computing it again", path, error)
         return None
 
 
@@ -192,13 +178,14 @@ def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str
         kid = kid_features_to_metric(pool, reference, kid_subset_size=subset, verbose=False)
         score = isc_features_to_metric(logits)
         near = prc_features_to_metric(pool, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
-        found = {
-            "fid": frechet_distance(pool, reference),
-            "kid": kid[KEY_METRIC_KID_MEAN],
-            "kid_std": kid[KEY_METRIC_KID_STD],
-            "inception_score": score[KEY_METRIC_ISC_MEAN],
-            "inception_score_std": score[KEY_METRIC_ISC_STD],
-            "precision": near[KEY_METRIC_PRECISION],
-            "recall": near[KEY_METRIC_RECALL],
-        }
+        distance = frechet_distance(pool, reference)
+    found = {
+        "fid": distance,
+        "kid": kid[KEY_METRIC_KID_MEAN],
+        "kid_std": kid[KEY_METRIC_KID_STD],
+        "inception_score": score[KEY_METRIC_ISC_MEAN],
+        "inception_score_std": score[KEY_METRIC_ISC_STD],
+        "precision": near[KEY_METRIC_PRECISION],
+        "recall": near[KEY_METRIC_RECALL],
+    }
     return found if n >= MIN_SAMPLES else {f"{name}_{n}": value for name, value in found.items()}

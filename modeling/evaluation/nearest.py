@@ -21,10 +21,6 @@ class Neighbours(NamedTuple):
     indices: Tensor  # int64 [N, k], into the images searched
     rms: Tensor  # float32 [N, k]: root mean square difference, in levels of 255
 
-    def first(self, count: int) -> "Neighbours":
-        """The neighbours of the first `count` queries."""
-        return Neighbours(*(part[:count] for part in self))
-
 
 @torch.no_grad()
 def nearest_images(queries: Tensor, images: Tensor, k: int, mirror: bool) -> Neighbours:
@@ -34,23 +30,20 @@ def nearest_images(queries: Tensor, images: Tensor, k: int, mirror: bool) -> Nei
     """
     flat = queries.flatten(1).float()
     best = torch.full((len(queries), k), torch.inf)
-    best_code = torch.zeros((len(queries), k), dtype=torch.int64)  # 2 * index, + 1 for the mirror image
+    indices = torch.zeros((len(queries), k), dtype=torch.int64)
     for start in range(0, len(images), CHUNK):
         poll()
         part = images[start : start + CHUNK]
-        codes = 2 * torch.arange(start, start + len(part))
         distance = _squared_distance(flat, part)
-        code = codes.expand_as(distance)
         if mirror:
-            mirrored = _squared_distance(flat, part.flip(3))
-            code = torch.where(mirrored < distance, code + 1, code)
-            distance = torch.minimum(distance, mirrored)
+            distance = torch.minimum(distance, _squared_distance(flat, part.flip(3)))
         best, order = torch.cat([best, distance], 1).topk(k, dim=1, largest=False)
-        best_code = torch.cat([best_code, code], 1).gather(1, order)
-    found = images[best_code // 2]
-    found = torch.where((best_code % 2 == 1)[..., None, None, None], found.flip(4), found)
-    rms = (found.float() - queries[:, None].float()).square().flatten(2).mean(2).sqrt()
-    return Neighbours(found, best_code // 2, rms)
+        these = torch.arange(start, start + len(part)).expand_as(distance)
+        indices = torch.cat([indices, these], 1).gather(1, order)
+    found = images[indices]
+    forms = torch.stack([found, found.flip(4)] if mirror else [found])
+    rms, form = (forms.float() - queries[:, None].float()).square().flatten(3).mean(3).sqrt().min(0)  # [N, k]
+    return Neighbours(torch.where(form[..., None, None, None] == 1, found.flip(4), found), indices, rms)
 
 
 def _squared_distance(flat: Tensor, images: Tensor) -> Tensor:
@@ -58,7 +51,7 @@ def _squared_distance(flat: Tensor, images: Tensor) -> Tensor:
     return flat.square().sum(1, keepdim=True) + other.square().sum(1) - 2 * flat @ other.T
 
 
-def panel(queries: Tensor, neighbours: Neighbours) -> Tensor:
-    """uint8 [H', W', C]: a row for each query, itself first, then its neighbours."""
-    rows = torch.cat([queries[:, None], neighbours.images], 1)  # [N, 1 + k, C, H, W]
+def panel(queries: Tensor, neighbours: Tensor) -> Tensor:
+    """uint8 [H', W', C]: a row for each query [N, C, H, W], itself first, then its neighbours [N, k, C, H, W]."""
+    rows = torch.cat([queries[:, None], neighbours], 1)
     return image_grid(rows.transpose(0, 1).flatten(0, 1), rows=len(queries))

@@ -42,10 +42,7 @@ class Compute:
         return torch.Generator(self.device).manual_seed(seed)
 
     def seed(self, seed: int) -> None:
-        """Seeds PyTorch's default generator of the device.
-
-        torch.manual_seed also seeds every other backend and inspects the call stack each time.
-        """
+        """Seeds the device's default generator; torch.manual_seed also seeds all others and inspects the call stack."""
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         else:
@@ -56,48 +53,39 @@ class Compute:
 
         On a CPU: in memory and channel by channel, from which a batch is drawn in two thirds of the time.
         """
-        cuda = self.device.type == "cuda"
-        if cuda and images.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2:
-            return images.to(self.device)
-        if not cuda and images.nbytes <= PLACE_AT_MOST:
-            return images.contiguous()
-        return images
+        if self.device.type == "cuda":
+            return images.to(self.device) if images.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2 else images
+        return images.contiguous() if images.nbytes <= PLACE_AT_MOST else images
 
     def place_model(self, model: Module) -> Module:
-        """The model on the device: channels-last for tensor cores.
-
-        A CPU is not faster with that layout: what convolutions gain, GroupNorm loses.
-        """
+        """The model on the device; channels-last on CUDA only: what convolutions gain on a CPU, GroupNorm loses."""
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         return model.to(self.device).to(memory_format=layout)
 
     def compiled(self, function: Callable[..., Tensor], wanted: bool | None) -> Callable[..., Tensor]:
-        """A module on the device, or a method of one, with its forward and backward pass compiled if that is wanted.
+        """A module or a method of one, its forward and backward pass compiled if that is wanted; None: on CUDA only.
 
-        The result shares its weights. Rounding differs, and dropout draws other numbers. None: on CUDA only.
+        The result shares its weights. Rounding differs, and dropout draws other numbers.
         """
         if wanted is False or (wanted is None and self.device.type != "cuda"):
             return function
         log.info("compiling the network: its first call takes a minute or more")
         # One size each: for sizes that vary, the compiler gives up the memory layout of convolutions.
-        compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False)
-        return compiled
+        return torch.compile(function, dynamic=False)
 
     def describe(self) -> str:
-        """For people: the device and the precision."""
-        cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        """The device and the precision, for people."""
+        name = f"CPU, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
         return f"{name}, {'bf16 autocast' if self.bf16 else 'float32'}"
 
 
 def choose_compute(device: str, precision: str, deterministic: bool = False) -> Compute:
-    """Resolves `auto`: CUDA where there is one; bf16 where the hardware computes in it.
+    """Resolves `auto`: CUDA where there is one; bf16 where the hardware computes in it. ConfigError if it is not there.
 
-    Args:
-        device: auto, cpu or cuda; ConfigError if it is not there.
-        precision: auto, bf16 or fp32; ConfigError if the device does not have it.
-        deterministic: for the rest of this process, the same bits each time on CUDA too, which is slower; if not, cuDNN
-            searches for its fastest kernels. A CPU gives the same bits in any case.
+    `deterministic`: for the rest of this process, the same bits each time on CUDA too, which is slower; if not, cuDNN
+    searches for its fastest kernels. A CPU gives the same bits in any case.
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
@@ -117,9 +105,7 @@ def choose_compute(device: str, precision: str, deterministic: bool = False) -> 
         if precision == "bf16" and not has_bf16:
             raise ConfigError("precision=bf16: this CUDA device has none; allowed are auto, fp32")
     else:
-        # An older PyTorch cannot report what the CPU has; float32 is always right.
-        probe: Any = getattr(torch.cpu, "get_capabilities", dict)
-        capabilities = probe()
+        capabilities: Any = torch.cpu.get_capabilities()
         _keep_freed_memory()
         has_bf16 = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return Compute(chosen, precision == "bf16" or (precision == "auto" and has_bf16))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from modeling.reliability.files import write_atomic
 
+PADDING = 2  # white pixels around each image of a grid
+
 
 def to_model(images: Tensor) -> Tensor:
     """uint8 images, any shape, to float32 in [-1, 1]: 0 is -1, 255 is 1."""
@@ -24,23 +26,19 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def image_grid(images: Tensor, rows: int | None = None, padding: int = 2) -> Tensor:
+def image_grid(images: Tensor, rows: int | None = None) -> Tensor:
     """Tiles uint8 images [N, C, H, W], C = 1 or 3, on white: uint8 [H', W', C].
 
-    Args:
-        rows: their number, filled column by column; by default as square as N allows, filled row by row.
-        padding: white pixels around each image.
+    `rows` are filled column by column; by default the grid is as square as N allows and filled row by row.
     """
     n, c, height, width = images.shape
-    by_column = rows is not None
     columns = math.ceil(n / rows) if rows else math.ceil(math.sqrt(n))
-    rows = rows or math.ceil(n / columns)
-    shape = (c, rows * (height + padding) + padding, columns * (width + padding) + padding)
+    high, wide = height + PADDING, width + PADDING
+    shape = (c, (rows or math.ceil(n / columns)) * high + PADDING, columns * wide + PADDING)
     grid = torch.full(shape, 255, dtype=torch.uint8)
     for k, image in enumerate(images.cpu()):
-        row, column = (k % rows, k // rows) if by_column else divmod(k, columns)
-        top, left = row * (height + padding) + padding, column * (width + padding) + padding
-        grid[:, top : top + height, left : left + width] = image
+        row, column = (k % rows, k // rows) if rows else divmod(k, columns)
+        grid[:, row * high :, column * wide :][:, PADDING:high, PADDING:wide] = image
     return grid.permute(1, 2, 0).contiguous()
 
 

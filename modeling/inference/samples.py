@@ -15,13 +15,9 @@ from modeling.settings import SamplerConfig, own_keys
 
 
 class SampleNoise:
-    """Noise for which sample k depends on (seed, k) alone: neither batch size nor process count changes a picture.
+    """Noise of samples `indices`, each of `shape` (C, H, W), drawn on `device`.
 
-    Args:
-        seed: of the whole set of samples.
-        indices: the k of each sample in this batch.
-        shape: (C, H, W) of one sample.
-        device: where the noise is drawn.
+    That of sample k depends on (seed, k) alone: neither batch size nor process count changes a picture.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> None:
@@ -53,22 +49,22 @@ def draw_samples(
         label: of all samples of a class-conditional model; None: sample k is of class k modulo their number.
     """
     timesteps = timestep_subsequence(model.schedule.num_timesteps, sampler.steps)
-    device = compute.device
 
     def draw(rows: range) -> Tensor:
         batch = [indices[k] for k in rows]
-        noise = SampleNoise(sampler.seed, batch, shape, device)
+        noise = SampleNoise(sampler.seed, batch, shape, compute.device)
         y = None
         if model.num_classes:
-            y = torch.tensor([k % model.num_classes if label is None else label for k in batch], device=device)
+            labels = [k % model.num_classes if label is None else label for k in batch]
+            y = torch.tensor(labels, device=compute.device)
 
         def predict(x_t: Tensor, t: Tensor) -> Prediction:
             poll()
             return model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
 
-        sample = SAMPLERS[sampler.name]
+        abar = model.schedule.alphas_cumprod
         with compute.autocast():
-            x_0 = sample(predict, noise(), timesteps, model.schedule.alphas_cumprod, noise, **own_keys(sampler))
+            x_0 = SAMPLERS[sampler.name](predict, noise(), timesteps, abar, noise, **own_keys(sampler))
         return to_uint8(x_0).cpu()
 
     return sharded_batches(len(indices), sampler.batch_size, draw, torch.empty(0, *shape, dtype=torch.uint8))

@@ -8,7 +8,7 @@ diffusers does not know is written, and read, as its betas.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,18 @@ FIXED: dict[str, tuple[Any, Any]] = {
 }
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # the same formulas; its "sigmoid" is another
 VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
+KEYS = {"num_res_blocks": ("layers_per_block", 2), "dropout": ("dropout", 0.0), "norm_groups": ("norm_num_groups", 32)}
 
 
 def load_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and metadata of a folder, as load_model returns them for a published model.
 
-    Raises:
-        UserError: something is missing, damaged, or cannot be expressed; the message names it.
+    UserError names what is missing, damaged, or cannot be expressed.
     """
-    unet, scheduler = folder / "unet", folder / "scheduler"
-    network = _read_json((unet if unet.is_dir() else folder) / "config.json")
-    process = _read_json((scheduler if scheduler.is_dir() else folder) / "scheduler_config.json")
-    for key, (needed, default) in FIXED.items():
-        if network.get(key, default) != needed:
-            raise UserError(f"{folder}: {key}={network.get(key, default)} in config.json; only {needed} can be read")
-    model, image_shape = _model_config(network, folder)
-    diffusion = _diffusion_config(process, folder)
-    weights, digest = _read_weights(unet if unet.is_dir() else folder)
+    unet, scheduler = (part if part.is_dir() else folder for part in (folder / "unet", folder / "scheduler"))
+    model, image_shape = _model_config(_read_json(unet / "config.json"), folder)
+    diffusion = _diffusion_config(_read_json(scheduler / "scheduler_config.json"), folder)
+    weights, digest = _read_weights(unet)
     ours = from_diffusers(weights, len(model["channel_mult"]), model["num_res_blocks"])
     return {f"network.{name}": tensor for name, tensor in ours.items()}, {
         "config": {"model": model, "diffusion": diffusion},
@@ -73,6 +68,9 @@ def load_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[int]]:
+    for key, (needed, default) in FIXED.items():
+        if c.get(key, default) != needed:
+            raise UserError(f"{folder}: {key}={c.get(key, default)} in config.json; only {needed} can be read")
     try:
         size, widths, kinds = c["sample_size"], c["block_out_channels"], c["down_block_types"]
         height, width = size if isinstance(size, list) else (size, size)
@@ -80,50 +78,52 @@ def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], l
         if [kind.replace("Up", "Down") for kind in reversed(c["up_block_types"])] != kinds:
             raise UserError(f"{folder}: up_block_types do not mirror down_block_types; this cannot be read")
         head_dim = c.get("attention_head_dim", 8)
-        attended = [widths[-1], *(w for w, attend in zip(widths, attends, strict=True) if attend)]
-        heads = {w // head_dim if head_dim else 1 for w in attended}
+        heads = {w // head_dim if head_dim else 1 for w in _attended(widths, attends)}
         if len(heads) > 1:
             raise UserError(f"{folder}: attention_head_dim={head_dim} gives each resolution another number of heads")
         return {
             "name": "diffusers",
             "model_channels": widths[0],
             "channel_mult": [w // widths[0] for w in widths],
-            "num_res_blocks": c.get("layers_per_block", 2),
             "attention_resolutions": [height >> level for level, attend in enumerate(attends) if attend],
             "num_heads": heads.pop(),
-            "dropout": c.get("dropout", 0.0),
-            "norm_groups": c.get("norm_num_groups", 32),
             "class_conditional": False,
             "weights": None,
+            **{ours: c.get(theirs, default) for ours, (theirs, default) in KEYS.items()},
         }, [height, width, c["in_channels"]]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: config.json is not of a UNet2DModel that can be read ({error!r})") from None
 
 
+def _attended(widths: Sequence[int], attends: Sequence[bool]) -> list[int]:
+    """The widths at which there is attention: of the attended resolutions, and of the middle."""
+    return [*(w for w, attend in zip(widths, attends, strict=True) if attend), widths[-1]]
+
+
 def _diffusion_config(c: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def ours(table: Mapping[str, str], key: str, default: str) -> str:
         value = c.get(key, default)
-        for name, theirs in table.items():
-            if theirs == value:
-                return name
-        raise UserError(f"{folder}: {key}={value} in scheduler_config.json; allowed are {', '.join(table.values())}")
+        if value not in table.values():
+            allowed = ", ".join(table.values())
+            raise UserError(f"{folder}: {key}={value} in scheduler_config.json; allowed are {allowed}")
+        return next(name for name, theirs in table.items() if theirs == value)
 
     for key in ("rescale_betas_zero_snr", "thresholding"):
         if c.get(key, False):
             raise UserError(f"{folder}: {key}={str(c[key])[:40]} in scheduler_config.json cannot be read")
     if not c.get("clip_sample", True):
         log.warning("%s: its scheduler does not clip x_0: sampler.clip_denoised=false does the same", folder)
-    betas = c.get("trained_betas")
-    config: dict[str, Any] = {
-        "schedule": ours(SCHEDULES, "beta_schedule", "linear") if betas is None else "tabulated",
-        "num_timesteps": c.get("num_train_timesteps", 1000) if betas is None else len(betas),
+    config = {
         "prediction_type": c.get("prediction_type", "epsilon"),
         "variance": ours(VARIANCES, "variance_type", "fixed_small"),
         "min_snr_gamma": None,
     }
+    betas = c.get("trained_betas")
     if betas is not None:
-        config["betas"] = betas
-    if config["schedule"] == "linear":
+        return config | {"schedule": "tabulated", "num_timesteps": len(betas), "betas": betas}
+    schedule = ours(SCHEDULES, "beta_schedule", "linear")
+    config |= {"schedule": schedule, "num_timesteps": c.get("num_train_timesteps", 1000)}
+    if schedule == "linear":
         config |= {"beta_start": c.get("beta_start", 1e-4), "beta_end": c.get("beta_end", 0.02)}
     return config
 
@@ -139,34 +139,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
-    stem = folder / "diffusion_pytorch_model"
-    for suffix in (".safetensors", ".bin"):
-        path = stem.with_name(stem.name + suffix)
-        if not path.exists():
-            continue
-        try:
-            content = path.read_bytes()
-            # weights_only: tensors and plain types; nothing in the file can run.
-            read = load_safetensors(content) if suffix == ".safetensors" else torch.load(path, weights_only=True)
-        except Exception as error:  # what a parser of hostile bytes raises is a long list, and none of it is our bug
-            if out_of_memory(error):
-                raise
-            raise UserError(f"model {path} is damaged: {short(error)}") from None
-        return read, hashlib.sha256(content).hexdigest()
-    raise UserError(f"no diffusion_pytorch_model.safetensors in {folder}")
+    paths = [folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        raise UserError(f"no {paths[0].name} in {folder}")
+    try:
+        content = path.read_bytes()
+        # weights_only: tensors and plain types; nothing in the file can run.
+        read = load_safetensors(content) if path == paths[0] else torch.load(path, weights_only=True)
+    except Exception as error:  # what a parser of hostile bytes raises is a long list, and none of it is our bug
+        if out_of_memory(error):
+            raise
+        raise UserError(f"model {path} is damaged: {short(error)}") from None
+    return read, hashlib.sha256(content).hexdigest()
 
 
 def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, meta: Mapping[str, Any]) -> None:
-    """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads.
+    """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads; ConfigError if it cannot express the model.
 
-    Args:
-        weights: of our UNet.
-        betas: float64 [T], of the model's schedule.
-        meta: as load_model returns it.
-
-    Raises:
-        ConfigError: the pipeline cannot express the model.
-        UserError: the folder cannot be written.
+    `weights` are of our UNet, `betas` [T] of the model's schedule, and `meta` is as load_model returns it.
     """
     m, d = meta["config"]["model"], meta["config"]["diffusion"]
     height, width, channels = meta["image_shape"]
@@ -174,52 +165,42 @@ def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, m
         raise ConfigError("stage=export: the model is class-conditional, and DDPMPipeline knows no labels")
     widths = [mult * m["model_channels"] for mult in m["channel_mult"]]
     attends = [height >> level in m["attention_resolutions"] for level in range(len(widths))]
-    head_dims = {w // m["num_heads"] for w, attend in zip(widths, attends, strict=True) if attend}
-    head_dims.add(widths[-1] // m["num_heads"])
+    head_dims = {w // m["num_heads"] for w in _attended(widths, attends)}
     if m["num_heads"] > 1 and len(head_dims) > 1:
         raise ConfigError(f"stage=export: {m['num_heads']} heads at attended resolutions of different widths")
     kinds = ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends]
-    learned = d["variance"] == "learned"
     network = {
-        "_class_name": "UNet2DModel",
-        "_diffusers_version": VERSION,
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
-        "out_channels": 2 * channels if learned else channels,
+        "out_channels": 2 * channels if d["variance"] == "learned" else channels,
         "block_out_channels": widths,
         "down_block_types": kinds,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
-        "layers_per_block": m["num_res_blocks"],
         "attention_head_dim": None if m["num_heads"] == 1 else head_dims.pop(),
-        "dropout": m["dropout"],
-        "norm_num_groups": m["norm_groups"],
+        **{theirs: m[ours] for ours, (theirs, _) in KEYS.items()},
+        **{key: needed for key, (needed, _) in FIXED.items()},
     }
-    network |= {key: needed for key, (needed, _) in FIXED.items()}
     process = {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": VERSION,
         "num_train_timesteps": d["num_timesteps"],
-        "beta_schedule": SCHEDULES.get(d["schedule"], "linear"),  # ignored beside trained_betas
         "prediction_type": d["prediction_type"],
         "variance_type": VARIANCES[d["variance"]],
         "clip_sample": True,
     }
-    if d["schedule"] == "linear":
-        process |= {"beta_start": d["beta_start"], "beta_end": d["beta_end"]}
-    if d["schedule"] not in SCHEDULES:
+    if d["schedule"] in SCHEDULES:
+        process["beta_schedule"] = SCHEDULES[d["schedule"]]
+        process |= {key: d[key] for key in ("beta_start", "beta_end") if key in d}
+    else:
         process["trained_betas"] = betas.tolist()
-    index = {
-        "_class_name": "DDPMPipeline",
-        "_diffusers_version": VERSION,
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in to_diffusers(weights, len(widths), m["num_res_blocks"]).items()
     }
-    named = to_diffusers(weights, len(widths), m["num_res_blocks"])
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     write_atomic(folder / "unet/diffusion_pytorch_model.safetensors", safetensors_bytes(tensors, {"format": "pt"}))
-    for name, content in (
-        ("unet/config.json", network),
-        ("scheduler/scheduler_config.json", process),
-        ("model_index.json", index),
+    index = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    for name, kind, content in (
+        ("unet/config.json", "UNet2DModel", network),
+        ("scheduler/scheduler_config.json", "DDPMScheduler", process),
+        ("model_index.json", "DDPMPipeline", index),
     ):
+        content = {"_class_name": kind, "_diffusers_version": VERSION} | content
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())

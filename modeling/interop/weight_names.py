@@ -5,44 +5,45 @@ matrix.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import count
 
 import torch
 from torch import Tensor
 
+MODULES = {
+    "time_mlp.0": "time_embedding.linear_1",
+    "time_mlp.2": "time_embedding.linear_2",
+    "conv_in": "conv_in",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+}
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "time_proj": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
 BLOCK |= {"shortcut": "conv_shortcut"}
-ATTENTION = {"attention.norm": "group_norm", "attention.qkv": "", "attention.proj": "to_out.0"}
-QKV = (("to_q", "to_k", "to_v"), ("query", "key", "value"))  # today's names, and those of the first published models
-OLD = {"to_out.0": "proj_attn"}
+ATTENTION = {"norm": ("group_norm",), "qkv": ("to_q", "to_k", "to_v"), "proj": ("to_out.0",)}
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in the first published models
 
 
-def module_names(levels: int, num_res_blocks: int) -> Iterator[tuple[str, str]]:
-    """(our name, the library's name) of every module with weights that a network may have."""
-    yield from {"time_mlp.0": "time_embedding.linear_1", "time_mlp.2": "time_embedding.linear_2"}.items()
-    yield from {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}.items()
+def module_names(levels: int, num_res_blocks: int) -> Iterator[tuple[str, list[str]]]:
+    """Every module with weights that a network may have, and the library's modules that it holds one below another."""
 
-    def block(ours: str, theirs: str, k: int) -> Iterator[tuple[str, str]]:
-        yield from ((f"{ours}.{a}", f"{theirs}.resnets.{k}.{b}") for a, b in BLOCK.items())
-        yield from ((f"{ours}.{a}", f"{theirs}.attentions.{k}.{b}".rstrip(".")) for a, b in ATTENTION.items())
+    def block(ours: str, theirs: str, k: int) -> Iterator[tuple[str, list[str]]]:
+        yield from ((f"{ours}.{a}", [f"{theirs}.resnets.{k}.{b}"]) for a, b in BLOCK.items())
+        for a, parts in ATTENTION.items():
+            yield f"{ours}.attention.{a}", [f"{theirs}.attentions.{k}.{b}" for b in parts]
 
-    position = 0
+    yield from ((ours, [theirs]) for ours, theirs in MODULES.items())
+    down, up = count(), count()
     for level in range(levels):
         if level:
-            yield f"down.{position}.conv", f"down_blocks.{level - 1}.downsamplers.0.conv"
-            position += 1
+            yield f"down.{next(down)}.conv", [f"down_blocks.{level - 1}.downsamplers.0.conv"]
         for k in range(num_res_blocks):
-            yield from block(f"down.{position}", f"down_blocks.{level}", k)
-            position += 1
+            yield from block(f"down.{next(down)}", f"down_blocks.{level}", k)
     for k in range(2):
         yield from block(f"middle.{k}", "mid_block", k)
-    position = 0
     for level in range(levels):
         for k in range(num_res_blocks + 1):
-            yield from block(f"up.{position}", f"up_blocks.{level}", k)
-            position += 1
-        if level < levels - 1:
-            yield f"up.{position}.conv", f"up_blocks.{level}.upsamplers.0.conv"
-            position += 1
+            yield from block(f"up.{next(up)}", f"up_blocks.{level}", k)
+        yield f"up.{next(up)}.conv", [f"up_blocks.{level}.upsamplers.0.conv"]
 
 
 def to_diffusers(weights: Mapping[str, Tensor], levels: int, num_res_blocks: int) -> dict[str, Tensor]:
@@ -50,27 +51,19 @@ def to_diffusers(weights: Mapping[str, Tensor], levels: int, num_res_blocks: int
     found: dict[str, Tensor] = {}
     for ours, theirs in module_names(levels, num_res_blocks):
         for leaf in ("weight", "bias"):
-            tensor = weights.get(f"{ours}.{leaf}")
-            if tensor is not None and ours.endswith("qkv"):
-                found |= {f"{theirs}.{n}.{leaf}": part for n, part in zip(QKV[0], tensor.chunk(3), strict=True)}
-            elif tensor is not None:
-                found[f"{theirs}.{leaf}"] = tensor
+            if f"{ours}.{leaf}" in weights:
+                parts = weights[f"{ours}.{leaf}"].chunk(len(theirs))
+                found |= {f"{name}.{leaf}": part for name, part in zip(theirs, parts, strict=True)}
     return found
 
 
 def from_diffusers(weights: Mapping[str, Tensor], levels: int, num_res_blocks: int) -> dict[str, Tensor]:
     """The inverse of `to_diffusers`; it also reads the names of the first published models."""
+    current = {".".join(OLD.get(word, word) for word in name.split(".")): tensor for name, tensor in weights.items()}
     found: dict[str, Tensor] = {}
     for ours, theirs in module_names(levels, num_res_blocks):
         for leaf in ("weight", "bias"):
-            if ours.endswith("qkv"):
-                for names in QKV:
-                    keys = [f"{theirs}.{name}.{leaf}" for name in names]
-                    if all(key in weights for key in keys):
-                        found[f"{ours}.{leaf}"] = torch.cat([weights[key] for key in keys])
-                continue
-            old = next((theirs.removesuffix(new) + name for new, name in OLD.items() if theirs.endswith(new)), theirs)
-            for key in (f"{theirs}.{leaf}", f"{old}.{leaf}"):
-                if key in weights:
-                    found[f"{ours}.{leaf}"] = weights[key]
+            parts = [current[key] for name in theirs if (key := f"{name}.{leaf}") in current]
+            if len(parts) == len(theirs):
+                found[f"{ours}.{leaf}"] = torch.cat(parts)
     return found

@@ -18,12 +18,6 @@ class ConfigError(UserError):
     exit_code = 2
 
 
-def require(condition: bool, key: str, value: object, allowed: str) -> None:
-    """Raises the ConfigError of a key whose value is not allowed, unless the condition holds."""
-    if not condition:
-        raise ConfigError(f"{key}={value}: {allowed}")
-
-
 class ConnectionLost(UserError):
     """Another process of the same job has ended or cannot be reached: a consequence, hardly ever the cause."""
 
@@ -42,6 +36,12 @@ class Stopped(UserError):
     def __init__(self, message: str, trained: bool = False) -> None:
         super().__init__(message)
         self.trained = trained
+
+
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Raises the ConfigError of a key whose value is not allowed, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{key}={value}: {allowed}")
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)

@@ -4,11 +4,11 @@ import fcntl
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from modeling.reliability.errors import UserError, out_of_memory
 from modeling.reliability.signals import poll
@@ -23,11 +23,7 @@ def state_root() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; flushed to disk and renamed at the end, or removed if anything fails.
-
-    Raises:
-        UserError: the file cannot be written; the old content is intact.
-    """
+    """A path beside `path` to write to, flushed and renamed at the end; UserError leaves the old content intact."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,15 +41,25 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, else raises UserError."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
 @contextmanager
 def replacing_folder(target: Path, owned: str = "*") -> Iterator[Path]:
-    """An empty folder beside `target` to fill, which replaces `target` at the end. One process at a time.
+    """An empty folder to fill, which replaces `target` at the end; UserError leaves the old content intact.
 
-    Args:
-        owned: glob of the files that are replaced; other files in `target` are kept.
-
-    Raises:
-        UserError: the folder cannot be written; the old content is intact.
+    For one process at a time. Files of `target` that do not match the glob `owned` are kept.
     """
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     try:
@@ -93,41 +99,20 @@ def drop_partial(folder: Path, pattern: str, older_than: float = 0.0) -> None:
                 partial.unlink()
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, else raises UserError."""
-    with replacing(path) as partial:
-        partial.write_bytes(content)
-
-
 def make_writable(folder: Path) -> None:
     """Makes a folder and tries to write to it, so that UserError comes before the work whose result it shall hold."""
-    probe = folder / f".write-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise cannot_write(folder, error) from None
 
 
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Holds the lock file `path`; the system releases it when the process ends, however it ends.
+    """Locks the file `path`; if another process has the lock, waits for it or raises a UserError that names it.
 
-    Args:
-        path: made if it does not exist, and left in place.
-        wait: wait for the process that holds it, instead of refusing.
-
-    Raises:
-        UserError: another process holds it (the message names it), or the file cannot be written.
+    The system releases the lock when the process ends, however it ends.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,24 +120,17 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(path, error) from None
     with file:
-        while not _try_lock(file):
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             if not wait:
-                file.seek(0)
-                owner = file.read().decode(errors="replace").strip() or "another process"
-                raise UserError(
-                    f"{owner} is working in {path.parent}: wait for its end or stop it, then run this again"
-                )
+                owner = path.read_text(errors="replace").strip() or "another process"
+                advice = "wait for its end or stop it, then run this again"
+                raise UserError(f"{owner} is working in {path.parent}: {advice}")
             poll()
             time.sleep(0.1)
         with suppress(OSError):  # the lock holds on a full disk too; only its owner's name is lost
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -1,14 +1,13 @@
-"""SIGTERM and SIGINT as a polite request: the current work is finished or dropped, and what is done is saved.
+"""SIGTERM and SIGINT as a request: the current work is finished or dropped, and what is done is saved.
 
-The request is one flag of the process, as signals are; loops that take long check it with `poll`. The first signal
-restores the default behaviour, so a second one ends the process at once, whatever it is waiting for. The exception is
-a worker of torchrun: its agent passes signals on a second time, and kills workers that do not end in time.
+The request is one flag of the process; loops that take long check it with `poll`. The first signal restores the default
+behaviour, so a second one ends the process at once. The exception is a worker of torchrun: its agent passes signals on
+a second time, and kills workers that do not end in time.
 """
 
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,18 +74,15 @@ def stop_requests() -> Iterator[None]:
             signal.signal(number, previous)
 
 
-def resume_command(typed: Sequence[str] | None = None, resume: str = "auto") -> str:
-    """The command that resumes, for people.
+def resume_command(typed: Sequence[str], resume: str = "auto") -> str:
+    """The command that resumes; a process that DVC or torchrun started was not `typed`, so theirs is only described.
 
-    Args:
-        typed: a Python file and its arguments; None: those in sys.argv. A process that DVC or torchrun started was not
-            typed by the user, so the user's own command is only described.
-        resume: trainer.resume, once there is something to resume; `never` would begin at step 0 once more.
+    With trainer.resume=never it would begin at step 0 once more, so `auto` takes its place.
     """
     instead = " with trainer.resume=auto" if resume == "never" else ""
     if "DVC_STAGE" in os.environ:
         return "the same dvc command" + instead
     if "MASTER_ADDR" in os.environ:
         return "the same torchrun command" + instead
-    words = [word for word in typed or sys.argv if not (instead and word.startswith("trainer.resume="))]
+    words = [word for word in typed if not (instead and word.startswith("trainer.resume="))]
     return shlex.join(["python", *words, *instead.split()[1:]])

@@ -7,9 +7,9 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from modeling.reliability.files import cannot_write, replacing, write_atomic
 
@@ -18,40 +18,33 @@ KEPT = (*COLUMNS, "seconds")  # of the file in the run's folder; seconds of trai
 
 
 class Curves:
-    """The rows of training so far, on disk: memory does not grow with them.
-
-    Args:
-        path: the CSV.
-        step: rows of this step and later are dropped: they will be written again.
-    """
+    """The rows of training so far, in a CSV; rows of `step` and later are dropped, since they will be written again."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [row for row in self.rows() if int(row["step"]) < step]
-        write_atomic(path, _text(KEPT, kept).encode())
+        _write(path, KEPT, (row for row in self.rows() if row["step"] < step))
 
-    def rows(self) -> list[dict[str, str]]:
-        """All rows, by step; without those that a kill has cut short."""
+    def rows(self) -> list[dict[str, float]]:
+        """All complete rows, by step; a value that was not measured at a step is not in its row."""
         if not self.path.exists():
             return []
         with self.path.open(newline="", errors="replace") as file:
-            return [row for row in csv.DictReader(file) if _whole(row)]
+            return [values for row in csv.DictReader(file) if (values := _parse(row)) is not None]
 
-    def add(self, row: Mapping[str, float]) -> dict[str, str]:
-        """Appends a row, with nine digits a value, to the disk and returns it; UserError if it cannot be written."""
-        added = {key: "" if key not in row else f"{row[key]:.9g}" for key in KEPT}
+    def add(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Appends a row to the file and returns it as it can be read again; UserError if it cannot be written."""
         try:
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, KEPT).writerow(added)
+                csv.DictWriter(file, KEPT).writerow(_format(row))
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint of a later step must not outlive the row
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        return added
+        return {key: float(value) for key, value in _format(row).items()}
 
     def publish(self, path: Path) -> None:
         """Writes the rows without their times."""
-        write_atomic(path, _text(COLUMNS, self.rows()).encode())
+        _write(path, COLUMNS, self.rows())
 
     def plot(self, path: Path) -> None:
         """Draws the training loss and the held-out loss over the steps, as a PNG."""
@@ -63,9 +56,9 @@ class Curves:
 
         rows = self.rows()
         figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-        for key, label in (("loss", "training loss"), ("held_out_loss", "held-out loss (EMA)")):
-            points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "held_out_loss" else None)
+        for key, label, marker in (("loss", "training loss", None), ("held_out_loss", "held-out loss (EMA)", ".")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))  # curves seldom span more than a power of ten
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -77,18 +70,24 @@ class Curves:
         plt.close(figure)
 
 
-def _text(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    writer.writerows(map(_format, rows))
+    write_atomic(path, text.getvalue().encode())
 
 
-def _whole(row: Mapping[str, str | None]) -> bool:
-    """Whether a row is complete and finite: a kill may cut a line, and a disk may damage one."""
-    if set(row) != set(KEPT) or not str(row["step"]).isdecimal() or not row["images"] or not row["seconds"]:
-        return False
-    with suppress(ValueError):
-        return all(math.isfinite(float(str(value))) for value in row.values() if value != "")
-    return False
+def _format(row: Mapping[str, float]) -> dict[str, str]:
+    return {key: f"{value:.9g}" for key, value in row.items()}
+
+
+def _parse(row: Mapping[str, Any]) -> dict[str, float] | None:
+    """The values of a row; None if it is incomplete or not finite: a kill may cut a line, and a disk may damage one."""
+    try:
+        values = {key: float(value) for key, value in row.items() if value != ""}
+    except (TypeError, ValueError):
+        return None
+    if not {"step", "images", "seconds"} <= set(values) <= set(KEPT) or not all(map(math.isfinite, values.values())):
+        return None
+    return values if values["step"].is_integer() and values["seconds"] > 0 else None

@@ -12,7 +12,7 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 MEASURE_FOR = 5.0  # seconds of steps from which the whole time is estimated
-LONG = 24 * 3600.0  # seconds of CPU training above which shorter recipes are named
+LONG = 24 * 3600.0  # seconds of CPU training above which shorter recipes are recommended
 
 
 def duration(seconds: float) -> str:
@@ -31,70 +31,56 @@ class Progress:
         self.steps = steps
         self.batch_size = batch_size
         self.device = device
-        self.terminal = sys.stderr.isatty()
-        self.first = 0
+        self.bar: tqdm[Any] = tqdm(disable=True)
         self.estimated = False
-        self.bar: tqdm[Any] | None = None
-        self.last_line = 0.0
-        self.held_out: float | None = None
+        self.held_out = ""
 
     def started(self, step: int) -> None:
         """Begins after `step` steps."""
-        self.first = step
-        self.warm = 0.0
         if step:
             log.info("going on after step %d", step)
+        self.first = step
         self.last_line = time.perf_counter()
-        if self.terminal:
-            self.bar = tqdm(total=self.steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        # disable=None: the bar shows nothing where there is no terminal.
+        self.bar = tqdm(total=self.steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None)
 
     def stepped(self, step: int) -> None:
-        """Counts a step; estimates the whole time once, from the first measured steps (not the first of all)."""
-        if self.bar is not None:
-            self.bar.update()
-        if self.estimated:
-            return
+        """Counts a step; estimates the whole time once, from the steps after the first one, which takes longer."""
+        self.bar.update()
         if step == self.first + 1:
-            self._wait()
-            self.warm = time.perf_counter()
-        elif time.perf_counter() - self.warm > MEASURE_FOR:
-            self._wait()
-            per_step = (time.perf_counter() - self.warm) / (step - self.first - 1)
-            self._estimate(per_step)
+            self.since = self._now()
+        elif not self.estimated and time.perf_counter() - self.since > MEASURE_FOR:
+            self.estimated = True
+            per_step = (self._now() - self.since) / (step - self.first - 1)
+            steps = self.steps - self.first
+            self._say(f"{self.batch_size / per_step:.1f} images/s: {duration(per_step * steps)} for {steps} steps")
+            if per_step * steps > LONG and self.device.type == "cpu":
+                self._say("that is long for a CPU: experiment=cifar10_cpu takes half an hour, experiment=demo minutes")
 
-    def _wait(self) -> None:
+    def _now(self) -> float:
+        """The time when the device has done all steps so far."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _estimate(self, per_step: float) -> None:
-        self.estimated = True
-        left = per_step * (self.steps - self.first)
-        self._say(f"{self.batch_size / per_step:.1f} images/s: {duration(left)} for {self.steps - self.first} steps")
-        if left > LONG and self.device.type == "cpu":
-            self._say("that is long for a CPU: experiment=cifar10_cpu takes half an hour, experiment=demo minutes")
+        return time.perf_counter()
 
     def logged(self, step: int, row: Mapping[str, float], seconds: float) -> None:
         """Shows the newest values; `seconds` is the time of all training steps so far."""
-        self.held_out = row.get("held_out_loss", self.held_out)
-        speed = self.batch_size * step / seconds if seconds else 0.0
-        values = [f"loss {row['loss']:.4f}"] if "loss" in row else []
-        if self.held_out is not None:
-            values.append(f"held-out {self.held_out:.4f}")
-        values.append(f"{speed:.1f} images/s")
-        if self.bar is not None:
-            self.bar.set_postfix_str(", ".join(values))
-        elif time.perf_counter() - self.last_line > LINE_EVERY or step == self.steps:
+        if "held_out_loss" in row:
+            self.held_out = f"held-out {row['held_out_loss']:.4f}, "
+        loss = f"loss {row['loss']:.4f}, " if "loss" in row else ""
+        values = f"{loss}{self.held_out}{self.batch_size * step / seconds:.1f} images/s"
+        self.bar.set_postfix_str(values)
+        if self.bar.disable and (time.perf_counter() - self.last_line > LINE_EVERY or step == self.steps):
             self.last_line = time.perf_counter()
             left = duration(seconds / step * (self.steps - step))
-            self._say(f"step {step}/{self.steps}: {', '.join(values)}, {left} left")
+            self._say(f"step {step}/{self.steps}: {values}, {left} left")
 
     def _say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
+        if self.bar.disable:
             log.info("%s", line)
+        else:
+            self.bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Ends the live bar."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()

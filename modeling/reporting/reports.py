@@ -1,18 +1,18 @@
 """The trainer's callbacks: pass everything on to the curves, the sample grids, the progress bar and W&B.
 
-A killed process loses W&B's buffer, so a resumed run logs everything to W&B again, from the CSV and the pictures; the
-earlier offline folders of the run, which hold less, are then removed. So its curves have no gap and no repeat.
+A killed process loses W&B's buffer, so a resumed run logs everything to W&B again, from the CSV and the pictures: its
+curves have no gap and no repeat.
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from modeling.checkpoints.checkpoint import step_of
-from modeling.checkpoints.run_folder import Run, write_notes
+from modeling.checkpoints.run_folder import Run
 from modeling.inference.images import image_grid, sample_grid, save_png
 from modeling.reliability.files import replacing_folder, write_atomic
 from modeling.reporting.curves import Curves
@@ -22,88 +22,69 @@ from modeling.training.trainer import Reporter
 
 
 class Reports(Reporter):
-    """What the trainer reports, passed on.
+    """What the trainer reports, passed on; curves and pictures are kept in the run's folder.
 
-    Args:
-        run: whose `folder` and `notes` are used; `wandb_folders` in the notes are those of its earlier processes.
-        examples: uint8 [N, C, H, W], real inputs to show.
-        num_classes: of a class-conditional model, which get a row each in the sample grids; else 0.
+    `examples`, uint8 [N, C, H, W], are real inputs to show; each of `num_classes` gets a row in the sample grids.
     """
 
     def __init__(self, run: Run, progress: Progress, wandb_run: WandbRun, examples: Tensor, num_classes: int) -> None:
-        self.run = run
+        self.folder = run.folder
         self.progress = progress
         self.wandb_run = wandb_run
         self.examples = examples
         self.num_classes = num_classes
-        self.values: dict[str, float] = {}
+        self.last: dict[str, float] = {}
 
     def started(self, step: int) -> None:
-        """See Reporter."""
-        self.curves = Curves(self.run.folder / "train.csv", step)
+        self.curves = Curves(self.folder / "train.csv", step)
         for path in self._pictures():
             if step_of(path) >= step:
                 path.unlink()
-        self._log_again()
+        inputs = self.folder / "inputs.png"
+        save_png(inputs, image_grid(self.examples))
+        with self.wandb_run.logging_again():
+            self.wandb_run.log({"inputs": inputs}, 0)
+            for row in self.curves.rows():
+                self._log(row)
         self.progress.started(step)
 
     def _pictures(self) -> list[Path]:
-        return sorted(p for p in (self.run.folder / "samples").glob("step-*.png") if p.stem[5:].isdecimal())
+        return sorted((self.folder / "samples").glob(f"step-{9 * '[0-9]'}.png"))
 
-    def _log_again(self) -> None:
-        w = self.wandb_run
-        earlier = self.run.notes.get("wandb_folders", [])
-        if w.folder is not None:
-            self._note_wandb_folders([*earlier, str(w.folder)])
-        if w.lacks(0):
-            w.image("inputs", image_grid(self.examples), 0)
-        pictures = {step_of(path): path for path in self._pictures()}
-        for row in self.curves.rows():
-            if w.lacks(int(row["step"])):
-                self._log(row, pictures.get(int(row["step"])))
-        if w.folder is not None and w.run is not None:  # it holds all that the earlier ones do
-            w.replaces(earlier)
-            self._note_wandb_folders([str(w.folder)])
+    def _picture(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:09}.png"
 
-    def _note_wandb_folders(self, folders: list[str]) -> None:
-        self.run.notes["wandb_folders"] = folders
-        write_notes(self.run.folder, self.run.notes)
-
-    def _log(self, row: dict[str, str], picture: Path | None) -> None:
-        values = {key: float(value) for key, value in row.items() if value}
-        step, seconds = int(values.pop("step")), values.pop("seconds")
-        values["images_per_second"] = values["images"] / seconds if seconds else 0.0
-        self.wandb_run.log({f"train/{key}": value for key, value in values.items()}, step)
-        if picture is not None:
-            self.wandb_run.picture("train/samples", picture, step)
+    def _log(self, row: Mapping[str, float]) -> None:
+        """Logs a row of the curves to W&B, with the picture of its step if that is drawn already."""
+        step = int(row["step"])
+        values = {f"train/{key}": row[key] for key in row if key not in ("step", "seconds")}
+        self.wandb_run.log(values | {"train/images_per_second": row["images"] / row["seconds"]}, step)
+        if self._picture(step).exists():  # in a call of its own as in `sampled`: W&B's names of pictures depend on it
+            self.wandb_run.log({"train/samples": self._picture(step)}, step)
 
     def stepped(self, step: int) -> None:
-        """See Reporter."""
         self.progress.stepped(step)
 
     def logged(self, step: int, row: dict[str, float], seconds: float) -> None:
-        """See Reporter."""
-        self._log(self.curves.add(row | {"seconds": seconds}), None)
+        self.last = row | {"seconds": seconds}
+        self._log(self.curves.add(self.last))
         self.progress.logged(step, row, seconds)
-        self.values |= row | {"seconds": seconds, "images_per_second": row["images"] / seconds if seconds else 0.0}
 
     def sampled(self, step: int, images: Tensor) -> None:
-        """See Reporter."""
-        path = self.run.folder / "samples" / f"step-{step:09}.png"
-        save_png(path, sample_grid(images, self.num_classes))
-        self.wandb_run.picture("train/samples", path, step)
+        save_png(self._picture(step), sample_grid(images, self.num_classes))
+        self.wandb_run.log({"train/samples": self._picture(step)}, step)
 
     def publish(self, target: Path, parameters: int) -> None:
         """Writes train.csv, train.json, curves.png and samples/ into `target`, else raises UserError."""
-        values = self.values
-        report: dict[str, Any] = {
-            "loss": values["loss"],
-            "held_out_loss": values["held_out_loss"],
-            "steps": int(values["step"]),
-            "images": int(values["images"]),
+        last = self.last
+        report = {
+            "loss": last["loss"],
+            "held_out_loss": last["held_out_loss"],
+            "steps": int(last["step"]),
+            "images": int(last["images"]),
             "parameters": parameters,
-            "seconds": round(values["seconds"], 1),
-            "images_per_second": round(values["images_per_second"], 1),
+            "seconds": round(last["seconds"], 1),
+            "images_per_second": round(last["images"] / last["seconds"], 1),
         }
         self.curves.publish(target / "train.csv")
         write_atomic(target / "train.json", (json.dumps({"train": report}, indent=2) + "\n").encode())

@@ -29,7 +29,7 @@ from modeling.inference.images import sample_grid, save_png
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import make_writable, state_root, write_atomic
 from modeling.reporting.wandb_run import WandbRun
-from modeling.settings import Config, own_keys
+from modeling.settings import Config
 from modeling.stages.sample import check_sampler_of, load_for, place_trained, sample_as_asked
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,7 @@ NEAREST = (10, 7)  # samples in the panel, and neighbours of each
 
 
 def run(config: Config, out: Path) -> None:
-    """Writes reports/evaluate.json, reports/samples.png and reports/nearest.png under `out`.
-
-    Raises:
-        UserError: bad model file, data that does not fit it, or an output that cannot be written.
-    """
+    """Writes reports/evaluate.json, reports/samples.png and reports/nearest.png under `out`, else raises UserError."""
     compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, data_config = load_for(config, out)
     check_sampler_of(config, model, meta)
@@ -64,25 +60,22 @@ def run(config: Config, out: Path) -> None:
         report["quality"] = _quality(config, inception, model, meta, data, compute)
     if not is_first():
         return
-    distances, nearest = _nearest(images, data, meta)
+    distances, neighbours = _nearest(images, data, meta)
     report |= distances
-    pictures = {"samples": sample_grid(images, model.num_classes), "nearest": nearest}
-    for name, picture in pictures.items():
-        save_png(target / f"{name}.png", picture)
+    pictures = {name: target / f"{name}.png" for name in ("samples", "nearest")}
+    save_png(pictures["samples"], sample_grid(images, model.num_classes))
+    save_png(pictures["nearest"], neighbours)
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
-    _log_to_wandb(config, meta, report, pictures)
+    _log_to_wandb(config, meta, _numbers("evaluate", report) | {f"evaluate/{k}": path for k, path in pictures.items()})
     log.info("metrics and samples: %s", target)
 
 
-def _log_to_wandb(config: Config, meta: dict[str, Any], report: dict[str, Any], pictures: dict[str, Tensor]) -> None:
+def _log_to_wandb(config: Config, meta: dict[str, Any], values: dict[str, float | Path]) -> None:
     used = {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
     recipe = {key: value for key, value in meta["config"].items() if key != "trainer"}  # training has logged all of it
     run_id = read_notes(state_root() / "runs" / meta["run"])["wandb_id"]
     wandb_run = WandbRun(config.wandb, recipe | used, run_id, None, state_root())
-    step = max(meta["steps"] + 1, wandb_run.first)  # W&B drops values of a step that it has
-    wandb_run.log(_numbers("evaluate", report), step)
-    for name, picture in pictures.items():
-        wandb_run.image(f"evaluate/{name}", picture, step)
+    wandb_run.log(values, max(meta["steps"] + 1, wandb_run.first))  # W&B drops values of a step that it has
     wandb_run.finish()
 
 
@@ -110,7 +103,7 @@ def _nearest(images: Tensor, data: Prepared, meta: dict[str, Any]) -> tuple[dict
         "nearest_rms": found.rms[:, 0].mean().item(),
         "nearest_rms_of_test_images": held_out.rms[:, 0].mean().item(),
     }
-    return distances, panel(images[:count], found.first(count))
+    return distances, panel(images[:count], found.images[:count])
 
 
 def _inception(config: Config, compute: Compute) -> Inception | str:
@@ -126,48 +119,47 @@ def _inception(config: Config, compute: Compute) -> Inception | str:
 
 
 def _quality(
-    config: Config, inception: Inception, model: DiffusionModel, meta: dict[str, Any], data: Prepared, compute: Compute
+    config: Config,
+    inception: Inception,
+    model: DiffusionModel,
+    meta: dict[str, Any],
+    data: Prepared,
+    compute: Compute,
 ) -> dict[str, Any]:
     """FID and its relatives with the facts that make them comparable."""
     e, s = config.evaluation, config.sampler
     assert e.fid_samples is not None
+    options = {k: v for k, v in vars(s).items() if k not in ("name", "steps", "num_samples", "batch_size")}
     facts = {
         "sampler": s.name,
         "nfe": s.steps if s.guidance_scale == 1 else 2 * s.steps,  # guided: with and without the label
-        "guidance_scale": s.guidance_scale,
-        "seed": s.seed,
-        "label": s.label,
-        "clip_denoised": s.clip_denoised,
+        **options,
         "variance": model.variance,
         "precision": "bf16" if compute.bf16 else "float32",
-        "compile": s.compile,
         "device": compute.device.type,
         "weights_sha256": meta["sha256"],
-        **own_keys(s),
     }
-    drawn_with = {
-        "steps": s.steps,
-        "diffusion": meta["config"]["diffusion"],
-        "code": code_hash("inference.samples", "build"),
-    }
+    code = code_hash("inference.samples", "build")
+    drawn_with = facts | {"steps": s.steps, "diffusion": meta["config"]["diffusion"], "code": code}
     root = state_root() / "runs"
     samples = kept_samples(
-        root / meta["run"] / "samples-for-fid" / fingerprint(facts | drawn_with),
+        root / meta["run"] / "samples-for-fid" / fingerprint(drawn_with),
         e.fid_samples,
         e.batch_size,
         lambda indices: sample_as_asked(config, model, meta, indices, compute),
     )
     pool, logits = inception.features(samples)
-    reference = reference_features(inception, data.train.images, data.sha256["train"], root / "reference", e.batch_size)
+    train = data.train.images
+    reference = reference_features(inception, train, data.sha256["train"], root / "reference", e.batch_size)
     metrics = quality_metrics(pool, logits, reference) if is_first() else {}
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    made = {"num_samples": e.fid_samples, "reference": f"{len(data.train.images)} training images, not flipped"}
+    made = {"num_samples": e.fid_samples, "reference": f"{len(train)} training images, not flipped"}
     return metrics | made | facts | {"inception_sha256": inception.sha256}
 
 
-def _numbers(prefix: str, report: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a nested report under names like evaluate/quality/fid."""
-    found: dict[str, float] = {}
+def _numbers(prefix: str, report: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a nested report under names like evaluate/quality/"""
+    found: dict[str, Any] = {}
     for key, value in report.items():
         if isinstance(value, dict):
             found |= _numbers(f"{prefix}/{key}", value)

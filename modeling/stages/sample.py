@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from modeling.build import check_sampler
-from modeling.checkpoints.model_file import asked_group, check_agrees, load_trained
+from modeling.checkpoints.model_file import load_trained, requested_variance
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first
 from modeling.inference.device import Compute, choose_compute
@@ -26,11 +26,8 @@ log = logging.getLogger(__name__)
 def load_for(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, Any], DataConfig]:
     """The model to sample, evaluate or export, its metadata, and the data set that belongs to it.
 
-    The file: model.weights (or a folder of diffusers), else models/model.safetensors under `out` or else under the
-    repository. What the user did not name (model, diffusion, data) is taken from the file.
-
-    Raises:
-        UserError: no such file, damaged, or another network than the one that the user named.
+    The file is model.weights (or a folder of diffusers), else models/model.safetensors under `out` or else under the
+    repository. What the user did not name (model, diffusion, data) is taken from the file; what the user did must fit.
     """
     path = out / "models" / "model.safetensors"
     if config.model.weights is not None:
@@ -38,24 +35,22 @@ def load_for(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, Any],
     elif config.out_dir is None and not path.exists():
         path = state_root() / "models" / "model.safetensors"
     model, meta = load_trained(path)
-    held = meta["config"]
-    diffusion = asked_group(config, "diffusion", parse_group("diffusion", held["diffusion"]))
-    check_agrees(path, meta, asked_group(config, "model", parse_group("model", held["model"])), diffusion)
-    model.variance = diffusion.variance  # agrees if it is learned; the fixed ones are free
-    named = config.names("data") or "data" not in held  # a foreign model does not say what it was trained on
-    data: DataConfig = config.data if named else parse_group("data", held["data"])
+    model.variance = requested_variance(config, path, meta)
+    # A foreign model does not say what it was trained on.
+    named = config.names("data") or "data" not in meta["config"]
+    data: DataConfig = config.data if named else parse_group("data", meta["config"]["data"])
     return model, meta, data
 
 
 def check_sampler_of(config: Config, model: DiffusionModel, meta: dict[str, Any]) -> None:
-    """Raises ConfigError, before any work, unless the model can be sampled from as the sampler group asks."""
+    """Raises ConfigError, before any work, unless the model can be sampled from as the sampler group says."""
     classes = meta["classes"] if model.num_classes else []
     dropout = meta["config"].get("trainer", {}).get("label_dropout", 0.0)
     check_sampler(config.sampler, model.schedule.num_timesteps, classes, dropout)
 
 
 def place_trained(model: DiffusionModel, sampler: SamplerConfig, compute: Compute) -> DiffusionModel:
-    """The model on the device, its network compiled if the sampler group asks for it."""
+    """The model on the device, its network compiled if sampler.compile says so."""
     model = compute.place_model(model)
     if sampler.compile:
         # Its method, not the module: the names of the weights stay.
@@ -66,7 +61,7 @@ def place_trained(model: DiffusionModel, sampler: SamplerConfig, compute: Comput
 def sample_as_asked(
     config: Config, model: DiffusionModel, meta: dict[str, Any], indices: range, compute: Compute
 ) -> Tensor:
-    """Samples number `indices` as the sampler group asks for them, uint8 [N, C, H, W]."""
+    """Samples number `indices` of the sampler group, uint8 [N, C, H, W]."""
     height, width, channels = meta["image_shape"]
     label = None if config.sampler.label is None else meta["classes"].index(config.sampler.label)
     return draw_samples(model, config.sampler, indices, (channels, height, width), compute, label)

@@ -37,12 +37,7 @@ RECIPE = ("seed", "precision", "data", "model", "diffusion", "optimizer")  # wha
 
 
 def run(config: Config, out: Path) -> None:
-    """Trains, or resumes training, and publishes the model under `out`.
-
-    Raises:
-        UserError: bad input, an output that cannot be written, or a loss that is not finite.
-        Stopped: a signal asked for it; all work is saved.
-    """
+    """Trains, or resumes training, and publishes the model under `out`."""
     if config.model.weights is not None:
         raise ConfigError(f"model.weights={config.model.weights}: for stage=sample and stage=evaluate only")
     compute = choose_compute(config.device, config.precision, config.deterministic)

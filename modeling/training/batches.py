@@ -34,10 +34,8 @@ def draw_timesteps(n: int, num_timesteps: int, stratified: bool, generator: torc
 class BatchSource:
     """Draws the images of each step: every epoch is a permutation, and a batch may span two epochs.
 
-    Args:
-        data: the images on the device that trains, or memory-mapped; the labels on the CPU.
-        batch_size: global.
-        random_flip: mirror each image left to right with probability 1/2.
+    The images are on the device that trains, or memory-mapped, the labels on the CPU. `random_flip` mirrors each image
+    left to right with probability 1/2.
     """
 
     def __init__(self, data: LabelledImages, batch_size: int, seed: int, random_flip: bool) -> None:

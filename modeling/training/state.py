@@ -70,15 +70,8 @@ class TrainingState:
     def resume(self, folder: CheckpointFolder, steps: int) -> None:
         """Goes on from the newest checkpoint of the folder; if it has none, from `folder.start`; else from step 0.
 
-        All processes take over the state that the first one has read.
-
-        Args:
-            steps: how far the run is to go.
-
-        Raises:
-            ConfigError: `folder.start` cannot be used.
-            UserError: the folder has checkpoints, and none of them can be used; or the newest is of a later step than
-                `steps`, so another process has trained in the meantime.
+        All processes take over the state that the first one has read. UserError if there are checkpoints and none can
+        be used, or if the state is beyond `steps`: then another process has trained in the meantime.
         """
         if is_first() and not restore_newest(folder.path, self.load_state_dict) and folder.start is not None:
             try:
@@ -110,8 +103,7 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; the options of the optimizer remain those of the configuration.
 
-        Raises:
-            Damaged: it is of another network or optimizer, or not whole.
+        Damaged if it is of another network or optimizer, or not whole.
         """
         groups = self.optimizer.param_groups
         try:
@@ -135,10 +127,7 @@ class TrainingState:
             raise Damaged(short(error)) from None
 
     def _lay_out_moments(self) -> None:
-        """Gives the optimizer's state the memory layout of the parameters, which fused kernels assume.
-
-        A CPU's checkpoint has another layout than CUDA's.
-        """
+        """Gives the optimizer's state the memory layout of the parameters, which fused kernels assume."""
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

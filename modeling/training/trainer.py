@@ -67,12 +67,9 @@ class Reporter:
 
 
 class Trainer:
-    """One training run.
+    """One training run of a fresh model on the device; `run` resumes from the newest checkpoint of the folder.
 
-    Args:
-        model: fresh, on the device.
-        folder: of the rolling checkpoints; if it has one, `run` resumes from it.
-        reporter: its callbacks; a plain Reporter in all processes but the first.
+    All processes but the first get a plain Reporter and an empty CheckpointFolder.
     """
 
     def __init__(
@@ -115,9 +112,8 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Trains up to `trainer.steps` and returns the values of the last step.
 
-        Raises:
-            Stopped: a stop was requested; a checkpoint of the last step is saved.
-            UserError: the loss is not finite, no checkpoint can be written, or none of the existing ones can be read.
+        Stopped if a stop was requested, after a checkpoint; UserError if the loss is not finite, or checkpoints cannot
+        be written or read.
         """
         self.model.train()
         self.state.resume(self.folder, self.config.steps)

@@ -1,19 +1,23 @@
-"""The folder of a run: whose it is, what is set aside, and what is said of other code."""
+"""The folder of a run: its name, what is set aside, and which other runs are mentioned."""
 
-import json
+import functools
 import shutil
 
 import pytest
-from helpers.configs import load
+from helpers import configs
 
 from modeling.checkpoints.checkpoint import save_checkpoint
-from modeling.checkpoints.run_folder import Run
+from modeling.checkpoints.run_folder import Run, read_notes, write_notes
 from modeling.reliability.errors import ConfigError, UserError
+
+load = functools.cache(configs.load)
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
+def root(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr("modeling.checkpoints.run_folder.code_hash", lambda *_: "code")  # the real one parses it all
     return tmp_path
 
 
@@ -21,98 +25,118 @@ def run_of(*overrides, bf16=False):
     return Run(load("data=shapes", *overrides), bf16, {"train": "a"})
 
 
-def test_what_changes_no_result_changes_no_name():
-    name = run_of().name
-    for same in (
-        "trainer.steps=9",
-        "trainer.nproc=2",
-        "trainer.compile=true",
-        "device=cpu",
-        "diffusion.variance=fixed_small",
-    ):
-        assert run_of(same).name == name
-    for other in ("seed=1", "trainer.batch_size=8", "optimizer.lr=1e-3", "deterministic=true", "model=tiny"):
-        assert run_of(other).name != name
-    assert run_of(bf16=True).name != name and run_of("precision=bf16", bf16=True).name == run_of(bf16=True).name
+def claim(run):
+    with run.claimed():
+        return run
 
 
-def test_state_of_other_code_is_named(caplog):
-    caplog.set_level("INFO")
-    run = run_of()
-    with run.claimed() as notes:
-        assert notes["recipe"] == run.recipe
+@pytest.mark.parametrize(
+    "change",
+    ["trainer.steps=9", "trainer.nproc=2", "trainer.compile=true", "device=cpu", "diffusion.variance=fixed_small"],
+)
+def test_what_changes_no_weights_changes_no_name(change):
+    assert run_of(change).name == run_of().name
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "trainer.batch_size=8", "optimizer.lr=1e-3", "deterministic=true", "model=tiny"]
+)
+def test_what_changes_weights_changes_the_name(change):
+    assert run_of(change).name != run_of().name
+
+
+def test_the_name_depends_on_the_precision_that_is_used():
+    assert run_of(bf16=True).name != run_of().name
+    assert run_of("precision=bf16", bf16=True).name == run_of(bf16=True).name
+
+
+def test_a_learned_variance_is_part_of_the_name():
+    assert run_of("diffusion.variance=learned").name != run_of().name
+
+
+def test_notes_that_cannot_be_read_are_made_again(root):
+    for content in ("{", "[]", '{"wandb_id": 3}'):
+        (root / "run.json").write_text(content)
+        notes = read_notes(root)
+        assert len(notes["wandb_id"]) == 12 and read_notes(root) == notes
+
+
+def test_a_state_of_other_code_is_mentioned(caplog):
+    run = claim(run_of())
     assert not caplog.text
     other = run.folder.with_name("0123456789abcdef")
     save_checkpoint(other, 7, {})
-    (other / "run.json").write_text(json.dumps({"wandb_id": "x", "recipe": run.recipe}))
-    with run.claimed():
-        assert "has changed since step 7" in caplog.text and f"trainer.resume={other}" in caplog.text
+    write_notes(other, {"wandb_id": "x", "recipe": run.notes["recipe"]})
+    claim(run_of())
+    assert (
+        f"has changed since step 7 of {other}: starting fresh; trainer.resume={other}/step-000000007.pt" in caplog.text
+    )
+    caplog.clear()
+    claim(run_of("trainer.resume=never"))
+    save_checkpoint(run.folder, 1, {})
+    claim(run_of())
+    assert not caplog.text
 
 
-def test_what_was_there_is_set_aside_or_the_reason_is_told(caplog):
-    caplog.set_level("INFO")
-    run = run_of("trainer.resume=never")
-    with run.claimed():
-        assert "replaced" not in caplog.text or not list(run.folder.glob("step-*"))
-    save_checkpoint(run.folder, 3, {})
-    with run.claimed():
-        assert (run.folder / "replaced/step-000000003.pt").exists() and "the earlier state is in" in caplog.text
-    save_checkpoint(run.folder, 4, {})
-    with run.claimed():
-        assert [path.name for path in (run.folder / "replaced").glob("*.pt")] == ["step-000000004.pt"]
-    shutil.rmtree(run.folder / "replaced")
-    (run.folder / "replaced").write_text("a file where a folder must be")
+def test_a_state_in_the_other_precision_is_mentioned(caplog):
+    for bf16, precision in ((True, "bf16"), (False, "fp32")):
+        save_checkpoint(claim(run_of(f"seed={int(bf16)}", bf16=bf16)).folder, 5, {})
+        claim(run_of(f"seed={int(bf16)}", bf16=not bf16))
+        assert f"a state of step 5 of this run in {precision}: starting fresh; precision={precision}" in caplog.text
+
+
+def test_never_sets_the_earlier_state_aside(caplog):
+    run = claim(run_of("trainer.resume=never"))
+    replaced = run.folder / "replaced"
+    first = run.notes["wandb_id"]
+    for step in (3, 4):
+        save_checkpoint(run.folder, step, {})
+        (run.folder / "train.csv").touch()
+        (run.folder / "samples").mkdir()
+        (run.folder / "samples/picture").touch()
+        claim(run)
+        assert {path.name for path in run.folder.iterdir()} == {"lock", "replaced", "run.json"}
+        state = {f"step-{step:09}.pt", "train.csv", "run.json", "samples"}
+        assert {path.name for path in replaced.iterdir()} == state and (replaced / "samples/picture").exists()
+        assert "the earlier state is in" in caplog.text
+    assert first != run.notes["wandb_id"]
+    claim(run)  # a state without a checkpoint replaces none that has one
+    assert (replaced / "step-000000004.pt").exists()
+    shutil.rmtree(replaced)
+    replaced.write_text("a file instead of a folder")
     save_checkpoint(run.folder, 5, {})
-    with pytest.raises(UserError, match="replaced cannot be written"), run.claimed():
-        pass
+    with pytest.raises(UserError, match="replaced cannot be written"):
+        claim(run)
     assert (run.folder / "step-000000005.pt").exists()
 
 
-def test_what_has_no_checkpoint_does_not_replace_what_has():
-    run = run_of("trainer.resume=never")
-    save_checkpoint(run.folder, 3, {})
-    (run.folder / "samples").mkdir()
-    (run.folder / "samples" / "step-000000003.png").touch()
-    for _ in range(2):  # the second finds what a run has left that was stopped before its first checkpoint
-        with run.claimed():
-            assert list((run.folder / "samples").iterdir()) == []
-            (run.folder / "train.csv").touch()
-    replaced = run.folder / "replaced"
-    assert (replaced / "step-000000003.pt").exists() and (replaced / "samples" / "step-000000003.png").exists()
+def test_fewer_steps_than_are_done_are_a_run_beside_it():
+    run = run_of("trainer.steps=9")
+    save_checkpoint(run.folder, 9, {})
+    assert run_of("trainer.steps=9").folder == run.folder
+    assert run_of("trainer.steps=8").folder.name == f"{run.name}-upto-8"
+    assert run_of("trainer.steps=8", "trainer.resume=never").folder == run.folder
 
 
-def test_a_start_that_is_gone_is_needed_no_more_once_the_run_has_a_checkpoint(tmp_path):
+def test_a_killed_processs_partial_files_are_removed():
+    run = run_of()
+    for partial in (run.folder / ".step-000000003.pt.17", run.folder / "samples/.step-000000003.png.17"):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    claim(run)
+    assert not list(run.folder.rglob(".*"))
+
+
+def test_a_start_that_is_gone_is_not_needed_once_the_run_has_a_checkpoint(tmp_path):
     start = save_checkpoint(tmp_path / "elsewhere", 3, {})
-    again = f"trainer.resume={start}"
-    run = run_of(again)
-    with run.claimed():
-        pass
+    resume = f"trainer.resume={start}"
+    run = claim(run_of(resume))
+    assert run.start.path == start and run.name != run_of().name
+    assert run_of("trainer.resume=elsewhere/step-000000003.pt").start == run.start  # under the repository's root
     start.unlink()
     with pytest.raises(ConfigError, match="no such file"):
-        run_of(again)
+        run_of(resume)
     save_checkpoint(run.folder, 4, {})
-    assert run_of(again).folder == run.folder
+    assert run_of(resume).folder == run.folder
     with pytest.raises(ConfigError, match="no such file"):
-        run_of(f"{again}x")
-
-
-def test_rows_that_were_made_otherwise_are_told_of(caplog):
-    caplog.set_level("INFO")
-    run = run_of()
-    with run.claimed():
-        save_checkpoint(run.folder, 4, {})
-    with run_of("trainer.steps=9").claimed():
-        assert not caplog.text
-    with run_of("trainer.log_every=7", "trainer.evaluate_images=3").claimed():
-        assert "up to step 4, rows" in caplog.text
-        assert "trainer.log_every=100, trainer.evaluate_images=1000;" in caplog.text
-    caplog.clear()
-    with run_of("trainer.log_every=7", "trainer.evaluate_images=3").claimed():
-        assert not caplog.text
-
-
-def test_a_state_in_the_other_precision_is_told_of(caplog):
-    caplog.set_level("INFO")
-    save_checkpoint(run_of(bf16=True).folder, 5, {})
-    with run_of().claimed():
-        assert "a state of step 5 of this run in bf16: starting fresh; precision=bf16 goes on from there" in caplog.text
+        run_of(f"{resume}x")

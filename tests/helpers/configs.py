@@ -5,10 +5,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from modeling.config import load_config
 
 CONF = Path(__file__).parents[2] / "conf"
+REQUIRED = {"path": "x", "betas": "[0.5]"}  # for the keys that conf/ leaves to the user
 
 
 def composed(*overrides):
@@ -24,9 +26,9 @@ def load(*overrides):
 
 @lru_cache
 def _choice(name, choice):
-    given = {"folder": ["data.path=x"], "tabulated": ["diffusion.num_timesteps=1", "diffusion.betas=[0.5]"]}
-    few = ["diffusion.num_timesteps=1000"] if choice != "tabulated" else ["sampler.steps=1", "trainer.sample_steps=1"]
-    return getattr(load(f"{name}={choice}", *few, *given.get(choice, [])), name)
+    node = composed(f"{name}={choice}")[name]
+    given = [f"{name}.{key}={REQUIRED[key]}" for key in node if OmegaConf.is_missing(node, key)]
+    return getattr(load(f"{name}={choice}", *given), name)
 
 
 def group(name, choice, **changes):

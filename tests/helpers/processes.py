@@ -1,12 +1,12 @@
 """Real processes of main.py that start fast: a server that has imported everything forks them.
 
-A process writes the functions on its stack to a file whenever SIGUSR1 comes, so a test knows where it was when it was
-killed.
+A process writes the functions on its stack to a file at every SIGUSR1, so a test knows where it was when it was killed.
 """
 
 import contextlib
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -17,29 +17,30 @@ import torch
 from helpers.pipeline import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["helpers.processes", "modeling.stages.train", "modeling.stages.evaluate", "hydra"])
+# All that a process of main.py imports, and what W&B imports as late as in its init.
+PRELOAD = ["modeling.stages.train", "modeling.stages.evaluate", "hydra.main", "matplotlib.pyplot", "wandb"]
+PRELOAD += ["wandb.sdk.launch.inputs.internal"]
+CONTEXT.set_forkserver_preload(["helpers.processes", *PRELOAD])
 
 
 def _child(arguments, cwd, environment, log, stacks, limits):
-    import resource
-
     os.chdir(cwd)
-    os.environ.pop("WANDB_SERVICE", None)  # of the tests: who is killed takes his own along
+    os.environ.pop("WANDB_SERVICE", None)  # of the tests: a process that is killed takes its own service along
     os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    told = os.open(stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # unbuffered: signals may come within signals
+    descriptor = os.open(stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # unbuffered: signals may come within signals
 
-    def tell(number, frame):
+    def write_stack(number, frame):
         names = []
         while frame is not None:
             names.append(frame.f_code.co_name)
             frame = frame.f_back
-        os.write(told, (" ".join(names) + "\n").encode())
+        os.write(descriptor, (" ".join(names) + "\n").encode())
 
-    signal.signal(signal.SIGUSR1, tell)
-    os.write(told, b"ready\n")
+    signal.signal(signal.SIGUSR1, write_stack)
+    os.write(descriptor, b"ready\n")
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, resource.RLIM_INFINITY))
     # The server has imported PyTorch already, so the variable alone would come too late.
@@ -65,14 +66,9 @@ def end_all():
 
 
 class Launched:
-    """One process of main.py.
+    """A process of main.py: `arguments` as typed, changes of the environment, limits by their names in `resource`.
 
-    Args:
-        folder: its log and its stacks lie here.
-        arguments: as typed.
-        cwd: it works here.
-        environment: changes of it.
-        limits: of the system, by their names in `resource`.
+    Its log and its stacks lie in `folder`.
     """
 
     def __init__(self, folder, arguments, cwd, environment, limits=None):
@@ -88,7 +84,7 @@ class Launched:
         self.wait_for(lambda: self.stacks.exists() and self.stacks.stat().st_size)
 
     def wait_for(self, condition, seconds=60.0):
-        """Waits until something holds; whether it did before the process ended."""
+        """Waits until a condition holds; whether it did before the process ended."""
         end = time.monotonic() + seconds
         while not condition():
             if not self.process.is_alive():
@@ -97,17 +93,16 @@ class Launched:
             time.sleep(0.002)
         return True
 
-    def where(self):
-        """The functions on its stack now."""
+    def stack(self):
+        """The names of the functions on its stack now."""
         before = self.stacks.stat().st_size
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
+        self.send(signal.SIGUSR1)
         self.wait_for(lambda: self.stacks.stat().st_size > before)
         return self.stacks.read_text()[before:].split()
 
     def wait_until_in(self, function):
         """Waits until a function is on the stack; whether that came before the end."""
-        return self.wait_for(lambda: function in self.where())
+        return self.wait_for(lambda: function in self.stack())
 
     def send(self, number):
         with contextlib.suppress(ProcessLookupError):
@@ -122,6 +117,7 @@ class Launched:
     def printed(self):
         return self.log.read_text()
 
-    def lines(self):
-        """What it printed that is no log line."""
-        return [line for line in self.printed().splitlines() if line and not line.startswith("[20")]
+    def last_line(self):
+        """The only line that it printed beside log lines."""
+        (line,) = (line for line in self.printed().splitlines() if line and not line.startswith("[20"))
+        return line

@@ -1,5 +1,6 @@
 """Normalisation and its inverse, grids, PNGs."""
 
+import pytest
 import torch
 from PIL import Image
 
@@ -17,14 +18,15 @@ def test_out_of_range_is_clipped():
     assert to_uint8(torch.tensor([-3.0, -1.0, 0.0, 1.0, 9.0])).tolist() == [0, 0, 128, 255, 255]
 
 
-def test_grid_places_images_row_by_row():
-    images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 2, 2) * 10
-    grid = image_grid(images, padding=1)
-    assert grid.shape == (7, 7, 1)
-    columns = image_grid(images, rows=3, padding=1)
-    assert columns.shape == (10, 4, 1) and columns[[1, 4, 7], 1, 0].tolist() == [0, 10, 20]
-    assert image_grid(images, rows=2, padding=1)[[1, 4, 1], [1, 1, 4], 0].tolist() == [0, 10, 20]
-    assert grid[1, 1, 0] == 0 and grid[1, 4, 0] == 10 and grid[4, 1, 0] == 20 and grid[4, 4, 0] == 255
+@pytest.mark.parametrize(("rows", "places"), [(None, [(0, 0), (0, 1), (1, 0)]), (2, [(0, 0), (1, 0), (0, 1)])])
+def test_a_grid_is_filled_row_by_row_or_with_given_rows_column_by_column(rows, places):
+    images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 2, 3) * 10
+    grid = image_grid(images, rows)
+    expected = torch.full((10, 12, 1), 255, dtype=torch.uint8)  # two pixels of white around each
+    for k, (row, column) in enumerate(places):
+        expected[4 * row + 2 : 4 * row + 4, 5 * column + 2 : 5 * column + 5] = 10 * k
+    assert torch.equal(grid, expected)
+    assert image_grid(images, rows=3).shape == (14, 7, 1)
 
 
 def test_png_round_trip(tmp_path):

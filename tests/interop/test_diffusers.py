@@ -1,4 +1,4 @@
-"""What a diffusers folder cannot express, or we cannot read, is refused by name."""
+"""The folder format of diffusers, out and in; what it cannot express, or we cannot read, is refused by name."""
 
 import json
 import os
@@ -6,57 +6,64 @@ import pickle
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from helpers.configs import group
 
-from modeling.build import build_model
+from modeling.build import build_model, build_schedule
 from modeling.checkpoints.model_file import load_trained
+from modeling.diffusion.schedule import SCHEDULES
 from modeling.interop.diffusers import load_diffusers, save_diffusers
 from modeling.reliability.errors import UserError
+from modeling.settings import GROUPS, DiffusionConfig, parse_group
 
-MODEL = group(
-    "model",
-    "tiny",
-    model_channels=8,
-    channel_mult=[1, 2],
-    num_res_blocks=1,
-    attention_resolutions=[8],
-    num_heads=1,
-    dropout=0.0,
-    norm_groups=4,
-)
-LINEAR = group("diffusion", "linear", num_timesteps=10, prediction_type="epsilon", variance="fixed_small")
+SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_resolutions": [8], "norm_groups": 4}
+MODEL = group("model", "tiny", **SMALL)
+LINEAR = group("diffusion", "linear", num_timesteps=10)
+OURS = {"prediction_type": "epsilon", "variance": "fixed_small", "min_snr_gamma": None}
 
 
 def saved(folder, model=MODEL, diffusion=LINEAR):
     meta = {"config": {"model": vars(model), "diffusion": vars(diffusion)}, "image_shape": [8, 8, 3], "classes": []}
-    save_diffusers(folder, build_model(model, diffusion, (8, 8, 3), 2, 0).network.state_dict(), meta)
+    built = build_model(model, diffusion, (8, 8, 3), 2, 0)
+    save_diffusers(folder, built.network.state_dict(), built.schedule.betas, meta)
     return folder
 
 
-def test_too_little_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
-    folder = saved(tmp_path)
-
-    def full(*arguments, **settings):
-        raise torch.OutOfMemoryError("full")
-
-    for name in ("modeling.checkpoints.model_file.build_model", "modeling.interop.diffusers.load_safetensors"):
-        with monkeypatch.context() as patch:
-            patch.setattr(name, full)
-            with pytest.raises(torch.OutOfMemoryError):
-                load_trained(folder)
-    assert load_trained(folder)[1]["sha256"]
+@pytest.fixture
+def schedules(monkeypatch):
+    """Two more schedules: diffusers has another formula under the name of the first, and does not know the second."""
+    for name in ("scaled_linear", "halves"):
+        monkeypatch.setitem(SCHEDULES, name, lambda num_timesteps: torch.full((num_timesteps,), 0.5).double())
+        monkeypatch.setitem(GROUPS["diffusion"].choices, name, DiffusionConfig)
 
 
 @pytest.mark.parametrize(
-    "diffusion",
-    [LINEAR, group("diffusion", "cosine", num_timesteps=10, prediction_type="v_prediction", variance="learned")],
+    ("diffusion", "schedule"),
+    [
+        (LINEAR, "linear"),
+        (
+            group("diffusion", "cosine", num_timesteps=10, prediction_type="v_prediction", variance="learned"),
+            "cosine",
+        ),
+        (group("diffusion", "sigmoid", num_timesteps=10), "tabulated"),
+        (DiffusionConfig(schedule="scaled_linear", num_timesteps=10, **OURS), "tabulated"),
+        (DiffusionConfig(schedule="halves", num_timesteps=10, **OURS), "tabulated"),
+    ],
+    ids=lambda value: getattr(value, "schedule", ""),
 )
-def test_round_trip(tmp_path, diffusion):
+def test_round_trip(tmp_path, schedules, diffusion, schedule):
+    """diffusers and we read the same betas, and we read the same weights."""
     tensors, meta = load_diffusers(saved(tmp_path, diffusion=diffusion))
-    expected = build_model(MODEL, diffusion, (8, 8, 3), 0, 0).network.state_dict()
-    assert {f"network.{k}" for k in expected} == set(tensors)
-    assert all(torch.equal(tensors[f"network.{k}"], v) for k, v in expected.items())
-    assert meta["config"]["diffusion"]["schedule"] == diffusion.schedule
+    expected = build_model(MODEL, diffusion, (8, 8, 3), 0, 0)
+    assert {f"network.{k}" for k in expected.network.state_dict()} == set(tensors)
+    assert all(torch.equal(tensors[f"network.{k}"], v) for k, v in expected.network.state_dict().items())
+    read = parse_group("diffusion", meta["config"]["diffusion"])
+    assert read.schedule == schedule and torch.equal(build_schedule(read).betas, expected.schedule.betas)
+    for key in ("num_timesteps", "prediction_type", "variance"):
+        assert getattr(read, key) == getattr(diffusion, key)
+    assert meta["config"]["model"] == vars(MODEL) | {"name": "diffusers"}
+    theirs = DDPMScheduler.from_pretrained(tmp_path / "scheduler").betas
+    torch.testing.assert_close(theirs.double(), expected.schedule.betas, rtol=1e-4, atol=1e-7)
 
 
 EDITS = {
@@ -64,79 +71,61 @@ EDITS = {
     "up_block_types": ("unet/config.json", ["UpBlock2D", "UpBlock2D"]),
     "attention_head_dim": ("unet/config.json", 4),
     "sample_size": ("unet/config.json", "x"),
-    "trained_betas": ("scheduler/scheduler_config.json", [0.1]),
     "rescale_betas_zero_snr": ("scheduler/scheduler_config.json", True),
     "thresholding": ("scheduler/scheduler_config.json", True),
     "beta_schedule": ("scheduler/scheduler_config.json", "scaled_linear"),
+    "variance_type": ("scheduler/scheduler_config.json", "learned"),
 }
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("key", EDITS)
 def test_what_cannot_be_read_is_named(tmp_path, key):
     name, value = EDITS[key]
-    path = saved(tmp_path) / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    edit(saved(tmp_path) / name, **{key: value})
     with pytest.raises(UserError, match="not of a UNet2DModel" if key == "sample_size" else key):
         load_diffusers(tmp_path)
 
 
-def test_a_scheduler_that_does_not_clip_is_said(tmp_path, caplog):
+def test_trained_betas_override_the_other_keys_and_must_fit(tmp_path):
     path = saved(tmp_path) / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    edit(path, beta_schedule="scaled_linear", trained_betas=[0.1, 0.2])
+    assert load_trained(tmp_path)[0].schedule.betas.tolist() == [0.1, 0.2]
+    edit(path, trained_betas=[0.1, 2.0])
+    with pytest.raises(UserError, match="betas"):
+        load_trained(tmp_path)
+
+
+def test_a_scheduler_that_does_not_clip_is_said(tmp_path, caplog):
+    edit(saved(tmp_path) / "scheduler/scheduler_config.json", clip_sample=False)
     load_diffusers(tmp_path)
     assert "sampler.clip_denoised=false does the same" in caplog.text
 
 
-def test_weights_missing_damaged_or_pickled(tmp_path):
-    path = saved(tmp_path) / "unet/diffusion_pytorch_model.safetensors"
-    path.write_bytes(b"x")
-    with pytest.raises(UserError, match="damaged"):
-        load_diffusers(tmp_path)
-    path.unlink()
-    with pytest.raises(UserError, match="no diffusion_pytorch_model"):
-        load_diffusers(tmp_path)
-    torch.save({}, path.with_suffix(".bin"))
-    assert load_diffusers(tmp_path)[0] == {}
+def test_the_flat_layout_of_the_first_published_models_is_read(tmp_path):
+    tensors, meta = load_diffusers(saved(tmp_path / "new"))
+    for path in (tmp_path / "new").glob("*/*"):
+        path.rename(tmp_path / path.name)
+    flat, flat_meta = load_diffusers(tmp_path)
+    assert flat_meta == meta and all(torch.equal(flat[name], tensors[name]) for name in tensors)
 
 
-def test_what_cannot_be_exported_is_named(tmp_path):
-    with pytest.raises(UserError, match="class-conditional"):
-        saved(
-            tmp_path,
-            group(
-                "model",
-                "tiny",
-                model_channels=8,
-                channel_mult=[1, 2],
-                num_res_blocks=1,
-                attention_resolutions=[8],
-                num_heads=1,
-                dropout=0.0,
-                norm_groups=4,
-                class_conditional=True,
-            ),
-        )
-    with pytest.raises(UserError, match="2 heads"):
-        saved(
-            tmp_path,
-            group(
-                "model",
-                "tiny",
-                model_channels=8,
-                channel_mult=[1, 2],
-                num_res_blocks=1,
-                attention_resolutions=[8],
-                num_heads=2,
-                dropout=0.0,
-                norm_groups=4,
-            ),
-        )
-    saved(
-        tmp_path,
-        diffusion=group("diffusion", "sigmoid", num_timesteps=10, prediction_type="epsilon", variance="fixed_small"),
-    )
-    scheduler = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
-    assert len(scheduler["trained_betas"]) == 10
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"class_conditional": True}, "class-conditional"), ({"num_heads": 2}, "2 heads")]
+)
+def test_what_cannot_be_exported_is_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        saved(tmp_path, group("model", "tiny", **SMALL | changes))
+
+
+def test_heads_at_one_width_are_exported(tmp_path):
+    """The middle, which always attends, and the only attended resolution have the same width."""
+    heads = group("model", "tiny", **SMALL | {"num_heads": 2, "attention_resolutions": [4]})
+    assert load_diffusers(saved(tmp_path, heads))[1]["config"]["model"]["num_heads"] == 2
+    assert json.loads((tmp_path / "unet/config.json").read_text())["attention_head_dim"] == 8
 
 
 def test_a_hostile_folder_is_refused(tmp_path):
@@ -148,9 +137,16 @@ def test_a_hostile_folder_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match="cannot be read"):
             load_trained(tmp_path)
-    saved(tmp_path)
-    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
-    binary = tmp_path / "unet/diffusion_pytorch_model.bin"
+    weights = saved(tmp_path) / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"x")
+    with pytest.raises(UserError, match="is damaged"):
+        load_diffusers(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match="no diffusion_pytorch_model"):
+        load_diffusers(tmp_path)
+    binary = weights.with_suffix(".bin")
+    torch.save({}, binary)
+    assert load_diffusers(tmp_path)[0] == {}
     for content in (pickle.dumps(Run()), b"", b"no pickle"):
         binary.write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
@@ -159,3 +155,16 @@ def test_a_hostile_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         load_trained(tmp_path)
     assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["modeling.checkpoints.model_file.build_model", "modeling.interop.diffusers.load_safetensors"]
+)
+def test_too_little_memory_is_not_taken_for_damage(tmp_path, monkeypatch, name):
+    def full(*arguments, **settings):
+        raise torch.OutOfMemoryError("full")
+
+    folder = saved(tmp_path)
+    monkeypatch.setattr(name, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_trained(folder)

@@ -1,4 +1,4 @@
-"""One training that dies under `python main.py`, `dvc exp run` and `dvc exp run --temp`, and ends in DVC's queue."""
+"""One training that is stopped under `python main.py`, `dvc exp run`, `dvc exp run --temp`, and ends in DVC's queue."""
 
 import os
 import shutil
@@ -9,63 +9,54 @@ import time
 
 import psutil
 from helpers.pipeline import copy_repository, environment
-from test_faults import launch, weights
-from test_kill import RECIPE, hashes, saved_step
+from helpers.runs import RECIPE, finish, hashes, saved_step, weights
 
-STEPS = "trainer.steps=150"
+CHANGES = ["trainer.steps=100", "trainer.checkpoint_every=4"]
 
 
 def test_one_training_goes_on_from_one_way_of_running_to_the_next(tmp_path):
     repository = copy_repository(tmp_path)
     env = environment(repository, WANDB_MODE="disabled")
-    sets = [word for change in (*RECIPE, STEPS) for word in ("-S", change)]
-    plain = [sys.executable, "main.py", *RECIPE, STEPS, f"out_dir={tmp_path / 'plain'}"]
+    sets = [word for change in (*RECIPE, *CHANGES) for word in ("-S", change)]
+    plain = [sys.executable, "main.py", *RECIPE, *CHANGES, f"out_dir={tmp_path / 'plain'}", "stage=train"]
     for stage in ("prepare", "train"):
-        assert launch(tmp_path, STEPS, stage=stage).end() == 0
+        finish(tmp_path, *CHANGES, stage=stage)
     shutil.copytree(tmp_path / "out/data", tmp_path / "plain/data")
 
-    def interrupted(command, number):
-        """Runs until new checkpoints are there, and sends a signal to the training process; its output."""
+    def interrupt(command, number):
+        """Runs until there are new checkpoints, sends a signal to the training process, and gives the output."""
         log = tmp_path / "log"
-        before = saved(repository)
+        before = saved_step(repository, ".")
         with log.open("w") as file:
             running = subprocess.Popen(command, cwd=repository, env=env, stdout=file, stderr=subprocess.STDOUT)
-            while saved(repository) < before + 14:
+            while saved_step(repository, ".") < before + 8:
                 assert running.poll() is None, log.read_text()
                 time.sleep(0.01)
-            os.kill(training(running.pid).pid, number)
-            code = running.wait(300)
-        assert code != 0
+            os.kill(training(running.pid), number)
+            assert running.wait(300) != 0
         return log.read_text()
 
-    first = interrupted([*plain, "stage=train"], signal.SIGKILL)
-    assert "going on" not in first
-    second = interrupted(["dvc", "exp", "run", *sets, "train"], signal.SIGTERM)
+    def dvc(*command):
+        done = subprocess.run(["dvc", *command], cwd=repository, env=env, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    assert "going on" not in interrupt(plain, signal.SIGKILL)
+    second = interrupt(["dvc", "exp", "run", *sets, "train"], signal.SIGTERM)
     assert "going on after step" in second and "exited with 75" in second and "the same dvc command" in second
-    third = interrupted(["dvc", "exp", "run", "--temp", *sets, "train"], signal.SIGKILL)
-    assert "going on after step" in third
-    subprocess.run(["dvc", "exp", "run", "--queue", "-n", "last", *sets, "train"], cwd=repository, env=env, check=True)
-    subprocess.run(["dvc", "queue", "start"], cwd=repository, env=env, check=True)
+    assert "going on after step" in interrupt(["dvc", "exp", "run", "--temp", *sets, "train"], signal.SIGKILL)
+    dvc("exp", "run", "--queue", "-n", "last", *sets, "train")
+    dvc("queue", "start")
     end = time.monotonic() + 300
-    while "Success" not in (shown := output(repository, env, "queue", "status")):
-        assert "Failed" not in shown and time.monotonic() < end, output(repository, env, "queue", "logs", "last")
+    while "Success" not in (status := dvc("queue", "status")):
+        assert "Failed" not in status and time.monotonic() < end, dvc("queue", "logs", "last")
         time.sleep(0.3)
-    assert "going on after step" in output(repository, env, "queue", "logs", "last")
-    output(repository, env, "exp", "apply", "last")  # it misses what evaluate makes, which did not run
-    assert weights(repository, ".") == weights(tmp_path)
+    assert "going on after step" in dvc("queue", "logs", "last")
+    dvc("exp", "apply", "last")  # without the outputs of evaluate, which did not run
+    assert weights(repository) == weights(tmp_path / "out")
     assert hashes(repository / "reports") == hashes(tmp_path / "out/reports")
 
 
-def saved(repository):
-    return saved_step(repository, ".")
-
-
 def training(pid):
-    """The process of main.py among the descendants of a process, or the process itself."""
+    """The training process among a process and its descendants."""
     found = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return next(p for p in found if "main.py" in p.cmdline() and "stage=train" in p.cmdline())
-
-
-def output(repository, env, *command):
-    done = subprocess.run(["dvc", *command], cwd=repository, env=env, capture_output=True, text=True)
-    return done.stdout + done.stderr
+    return next(p.pid for p in found if "main.py" in p.cmdline() and "stage=train" in p.cmdline())

@@ -1,0 +1,136 @@
+"""Published models: the file is the model, whatever is damaged or does not fit is refused."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.configs import group
+from helpers.training import DIFFUSION, MODEL
+from safetensors.torch import save_file
+
+from modeling.build import build_model
+from modeling.checkpoints.model_file import load_model, load_trained, requested_variance, save_model
+from modeling.reliability.errors import ConfigError, UserError
+
+CONFIG = {"model": dataclasses.asdict(MODEL), "diffusion": dataclasses.asdict(DIFFUSION)}
+ABOUT = {"config": CONFIG, "image_shape": [8, 8, 3], "classes": [], "run": "a-1", "steps": 2}
+
+
+def test_round_trip(tmp_path):
+    path, tensors = tmp_path / "models/m.safetensors", {"w": torch.arange(6.0).reshape(2, 3).T}
+    save_model(path, tensors, {"a": 1})
+    found, about = load_model(path)
+    assert torch.equal(found["w"], tensors["w"]) and about["a"] == 1
+    first = path.read_bytes()
+    save_model(path, tensors, {"a": 1})
+    assert path.read_bytes() == first
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(UserError, match="no model in"):
+        load_model(path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(path)
+    save_file({"w": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="carries no configuration"):
+        load_model(path)
+    save_model(path, {"w": torch.zeros(1)}, {})
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match="is damaged: its weights are not those that were saved"):
+        load_model(path)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(MODEL, DIFFUSION, (8, 8, 3), 0, 0)
+
+
+def test_the_file_is_the_model(tmp_path, model):
+    save_model(tmp_path / "m", model.state_dict(), ABOUT)
+    loaded, meta = load_trained(tmp_path / "m")
+    assert meta == ABOUT | {"sha256": meta["sha256"]} and not loaded.training
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"run": run} for run in ("../elsewhere", "/tmp", 3, None)),
+        {"steps": "many"},
+        *({"config": CONFIG | {"data": data}} for data in ({"name": "x"}, {"name": "shapes", "width": 3}, 3)),
+        {"config": CONFIG | {"model": CONFIG["model"] | {"model_channels": 16}}},
+        {"config": CONFIG | {"model": CONFIG["model"] | {"model_channels": 4 * 10**6}}},
+        {"config": CONFIG | {"model": CONFIG["model"] | {"num_res_blocks": 10**12}}},
+        {"config": CONFIG | {"diffusion": CONFIG["diffusion"] | {"num_timesteps": 10**12}}},
+    ],
+)
+def test_metadata_that_lie_are_refused(tmp_path, model, wrong):
+    save_model(tmp_path / "m", model.state_dict(), ABOUT | wrong)
+    with pytest.raises(UserError, match="is not what it says"):
+        load_trained(tmp_path / "m")
+
+
+def test_a_folder_is_one_of_diffusers(tmp_path):
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        load_trained(tmp_path)
+
+
+def test_too_little_memory_is_not_the_files_fault(tmp_path, model, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    save_model(tmp_path / "m", model.state_dict(), ABOUT)
+    monkeypatch.setattr("modeling.checkpoints.model_file.build_model", full)
+    with pytest.raises(MemoryError):
+        load_trained(tmp_path / "m")
+
+
+def variance_of(named, held=DIFFUSION, **groups):
+    """requested_variance for a file with MODEL and `held`, and a configuration of other groups."""
+    config = SimpleNamespace(**{"model": MODEL, "diffusion": DIFFUSION, "named": {*named}} | groups)
+    return requested_variance(config, "m", {"config": CONFIG | {"diffusion": dataclasses.asdict(held)}})
+
+
+COSINE = group("diffusion", "cosine", num_timesteps=20, variance="fixed_large")
+SMALL = dataclasses.replace(DIFFUSION, variance="fixed_small")
+LEARNED = dataclasses.replace(DIFFUSION, variance="learned")
+
+
+@pytest.mark.parametrize(
+    ("named", "diffusion", "variance"),
+    [
+        ([], dataclasses.replace(SMALL, num_timesteps=7), DIFFUSION.variance),
+        (["diffusion.variance"], SMALL, "fixed_small"),
+        (["diffusion"], SMALL, "fixed_small"),
+        (["experiment"], SMALL, "fixed_small"),
+        (["diffusion"], dataclasses.replace(SMALL, min_snr_gamma=5.0), "fixed_small"),
+        (["sampler.steps", "model.weights"], COSINE, DIFFUSION.variance),
+    ],
+)
+def test_the_variance_is_the_files_unless_another_is_requested(named, diffusion, variance):
+    assert variance_of(named, diffusion=diffusion) == variance
+
+
+@pytest.mark.parametrize("free", [{"name": "x"}, {"dropout": 0.5}, {"weights": "m"}])
+def test_keys_that_change_no_weights_may_differ(free):
+    assert variance_of(["model"], model=dataclasses.replace(MODEL, **free)) == DIFFUSION.variance
+
+
+@pytest.mark.parametrize(
+    ("named", "groups", "message"),
+    [
+        (["diffusion.num_timesteps"], {"diffusion": dataclasses.replace(DIFFUSION, num_timesteps=30)},
+         r"diffusion.num_timesteps=30: the model in m has 20; leave it out"),
+        (["diffusion"], {"diffusion": COSINE}, "diffusion.schedule=cosine: the model in m has linear"),
+        (["diffusion.beta_end"], {"held": COSINE}, "diffusion.beta_end: the model has another diffusion, without"),
+        (["diffusion.variance"], {"diffusion": LEARNED}, "diffusion.variance=learned: the model in m has fixed_large"),
+        (["diffusion.variance"], {"held": LEARNED}, "diffusion.variance=fixed_large: the model in m has learned"),
+        (["model"], {"model": dataclasses.replace(MODEL, model_channels=16)}, "model.model_channels=16: .* has 8"),
+    ],
+)  # fmt: skip
+def test_a_request_that_the_weights_do_not_fit_is_refused(named, groups, message):
+    with pytest.raises(ConfigError, match=message):
+        variance_of(named, **groups)

@@ -1,0 +1,101 @@
+"""The stage evaluate: quality with the facts that make it comparable, and the samples that it keeps."""
+
+import dataclasses
+import json
+
+import pytest
+from helpers.configs import group, load
+from helpers.pipeline import TINY
+from helpers.training import CPU
+
+from modeling.build import build_model
+from modeling.inference.device import Compute
+from modeling.reliability.errors import ConfigError
+from modeling.stages import evaluate, prepare, train
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Runs a stage of the tiny recipe."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "state"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    few = ["trainer.steps=1", "data.num_train=12", "evaluation.batch_size=5", "precision=fp32"]
+
+    def run(module, *arguments, out=tmp_path):
+        module.run(load(*TINY, *few, f"out_dir={out}", *arguments), out)
+
+    return run
+
+
+def test_quality_is_measured_and_says_how(stage, pixels, tmp_path, monkeypatch, caplog):
+    """With a local file; again, from what was kept; and without a network, left out with the reason."""
+
+    def report():
+        return json.loads((tmp_path / "reports/evaluate.json").read_text())["evaluate"]
+
+    caplog.set_level("INFO")
+    stage(prepare)
+    stage(train)
+    with monkeypatch.context() as patch:
+        loaded = []
+        patch.setattr(evaluate, "load_inception", lambda *arguments: loaded.append(arguments) or pixels)
+        local = ["evaluation.fid_samples=10", "evaluation.inception_weights=w", "evaluation.inception_sha256=01234567"]
+        stage(evaluate, *local)
+        quality = report()["quality"]
+        assert {"fid_10", "kid_10", "inception_score_10", "precision_10", "recall_10"} <= set(quality)
+        assert quality["num_samples"] == 10 and quality["reference"] == "12 training images, not flipped"
+        assert (quality["sampler"], quality["nfe"], quality["seed"], quality["eta"]) == ("ddim", 3, 0, 0)
+        assert (quality["device"], quality["precision"], quality["clip_denoised"]) == ("cpu", "float32", True)
+        assert quality["inception_sha256"] == pixels.sha256 and len(quality["weights_sha256"]) == 64
+        assert quality["variance"] == "fixed_large" and quality["label"] is None and quality["compile"] is False
+        stage(evaluate, *local)
+    assert loaded == 2 * [("w", "01234567", CPU.device)]
+    assert report()["quality"] == quality and caplog.text.count("once") == 1  # the reference was kept
+    kept = [path.parent for path in (tmp_path / "state").glob("runs/*/samples-for-fid/*/0000000-*.npy")]
+    assert len(kept) == 1  # of the same sampler, weights and code
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    stage(evaluate, "evaluation.fid_samples=10")
+    assert "could not be downloaded" in report()["quality"]["left_out"] and report()["bits_per_dim"] > 0
+    stage(evaluate)
+    assert report()["quality"] == {"left_out": "evaluation.fid_samples=null"}
+    elsewhere = ["data.image_size=16", f"model.weights={tmp_path / 'models/model.safetensors'}"]
+    other = tmp_path / "other"
+    stage(prepare, "data.image_size=16", out=other)
+    with pytest.raises(ConfigError, match=r"data=shapes: its images are \[16, 16, 3\], those of the model \[8, 8, 3\]"):
+        stage(evaluate, *elsewhere, out=other)
+
+
+def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
+    """Other code, precision, schedule or sampler: another folder; what changes no sample: the same folder."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    folders = []
+
+    class Enough(Exception):
+        pass
+
+    def kept(folder, *_):
+        folders.append(folder)
+        raise Enough
+
+    monkeypatch.setattr(evaluate, "kept_samples", kept)
+
+    config = load(*TINY, "evaluation.fid_samples=12")
+
+    def folder(code="x", bf16=False, sampler=config.sampler, diffusion=config.diffusion, **changes):
+        monkeypatch.setattr(evaluate, "code_hash", lambda *entries: code)
+        used = dataclasses.replace(config, sampler=dataclasses.replace(sampler, **changes))
+        meta = {"sha256": "a", "run": "r", "config": {"diffusion": vars(diffusion)}}
+        model = build_model(config.model, diffusion, (8, 8, 3), 0, 0)
+        with pytest.raises(Enough):
+            evaluate._quality(used, None, model, meta, None, Compute(CPU.device, bf16))
+        return folders[-1]
+
+    first = folder()
+    assert folder() == folder(batch_size=2) == folder(num_samples=9) == first
+    changes = [{"steps": 2}, {"seed": 1}, {"eta": 0.5}, {"clip_denoised": False}, {"label": "cat"}, {"compile": True}]
+    changes += [{"code": "y"}, {"bf16": True}, {"sampler": group("sampler", "ddpm", steps=3)}]
+    for change in ({"num_timesteps": 9}, {"variance": "fixed_small"}):
+        changes.append({"diffusion": dataclasses.replace(config.diffusion, **change)})
+    assert len({first, *(folder(**change) for change in changes)}) == 1 + len(changes)

@@ -1,0 +1,36 @@
+"""The nearest training images of samples."""
+
+import pytest
+import torch
+
+from modeling.evaluation.nearest import nearest_images, panel
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_nearest_images_is_an_exact_search(mirror, generator):
+    images = torch.randint(0, 256, (5000, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    queries = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    queries[0], queries[1] = images[4321], images[77].flip(2)
+    found = nearest_images(queries, images, 4, mirror)
+    forms = [images, images.flip(3)] if mirror else [images]
+    every = torch.stack(
+        [(form.float() - queries[:, None].float()).square().flatten(2).mean(2).sqrt() for form in forms]
+    )
+    rms, form = every.min(0)
+    expected = rms.topk(4, dim=1, largest=False)
+    assert torch.equal(found.indices, expected.indices)
+    torch.testing.assert_close(found.rms, expected.values)
+    assert found.indices[0, 0] == 4321 and found.rms[0, 0] == 0
+    assert (found.rms[1, 0] == 0) == mirror and (found.indices[1, 0] == 77 or not mirror)
+    for n, k in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
+        index = found.indices[n, k]
+        assert torch.equal(found.images[n, k], forms[form[n, index]][index])
+
+
+def test_a_panel_has_a_row_for_each_query(generator):
+    images = torch.randint(0, 256, (3, 5, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    picture = panel(images[:, 0], images[:, 1:])
+    assert picture.shape == (3 * 6 + 2, 5 * 6 + 2, 3)
+    for n, k in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
+        place = picture[6 * n + 2 : 6 * n + 6, 6 * k + 2 : 6 * k + 6]
+        assert torch.equal(place, images[n, k].permute(1, 2, 0))

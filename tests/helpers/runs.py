@@ -1,0 +1,61 @@
+"""Training runs of the real command line that finish in seconds, and what they leave on the disk."""
+
+import hashlib
+
+from safetensors.torch import load_file
+
+from helpers.pipeline import TINY
+from helpers.processes import Launched
+from modeling.checkpoints.checkpoint import step_of
+
+# Every kind of work in few steps, each at its own interval.
+RECIPE = [
+    *TINY,
+    "model.model_channels=8",
+    "model.dropout=0.1",
+    "optimizer.warmup_steps=10",
+    "optimizer.lr=1e-3",
+    "precision=fp32",  # on a CPU faster than bf16 for so small a network
+    "trainer.steps=40",
+    "trainer.log_every=5",
+    "trainer.evaluate_every=10",
+    "trainer.sample_every=20",
+    "trainer.sample_steps=20",
+    "trainer.checkpoint_every=7",
+]
+
+
+def launch(folder, *changes, stage="train", recipe=RECIPE, limits=None, out="out", **environment):
+    """A process of main.py with its output in `folder`/`out` and, unless DVC_ROOT is given, its state in root/."""
+    arguments = [*recipe, f"stage={stage}", f"out_dir={folder / out}", *changes]
+    return Launched(folder, arguments, folder, environment, limits)
+
+
+def finish(folder, *changes, code=0, **options):
+    """Launches a process and checks its exit code; gives all that it printed, or its one line if it failed."""
+    run = launch(folder, *changes, **options)
+    assert run.end() == code, run.printed()
+    return run.printed() if code == 0 else run.last_line()
+
+
+def run_folder(folder, root="root"):
+    """The folder of the only run."""
+    (found,) = (path for path in (folder / root / "runs").iterdir() if path.name != "data")
+    return found
+
+
+def saved_step(folder, root="root"):
+    """The newest checkpoint's step; 0 if there is none."""
+    return max(map(step_of, (folder / root / "runs").glob("*/step-*.pt")), default=0)
+
+
+def hashes(out):
+    """The hash of each published file that is the same in equal runs."""
+    files = [p for p in out.rglob("*") if p.is_file() and p.name != "train.json" and not p.name.startswith(".")]
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def weights(out):
+    """The bytes of each tensor of the published model."""
+    tensors = load_file(out / "models/model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}

@@ -1,0 +1,191 @@
+"""The device and its precision, seeds, and compiled networks."""
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.configs import group
+from helpers.cuda import NEEDS_CUDA
+from helpers.pipeline import ROOT
+from helpers.training import CPU, DIFFUSION, SMALL
+from torch._dynamo.testing import CompileCounter
+
+from modeling.build import build_model
+from modeling.inference import device
+from modeling.inference.device import Compute, choose_compute
+from modeling.inference.samples import draw_samples
+from modeling.reliability.errors import ConfigError, explain
+from modeling.stages.sample import place_trained
+
+CUDA = Compute(torch.device("cuda"), bf16=False)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA device without bf16, as far as choose_compute sees."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (100, 200))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """Counts the graphs that torch.compile makes."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+
+@pytest.fixture
+def model():
+    """A small network whose outputs are not zero."""
+    model = build_model(group("model", "tiny", **SMALL), DIFFUSION, (8, 8, 3), 0, 0).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def sampler(**changes):
+    return group("sampler", "ddim", **{"steps": 3, "num_samples": 4, "batch_size": 2} | changes)
+
+
+def test_precision_follows_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert choose_compute("auto", "auto").bf16 is expected
+        assert not choose_compute("cpu", "fp32").bf16 and choose_compute("cpu", "bf16").bf16
+    with pytest.raises(ConfigError, match="device=cuda"):
+        choose_compute("cuda", "auto")
+    assert "float32" in CPU.describe() and "bf16" in Compute(torch.device("cpu"), True).describe()
+
+
+def test_cuda_is_chosen_and_described(cuda):
+    assert choose_compute("auto", "auto") == CUDA and CUDA.describe() == "GPU, float32"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert choose_compute("cpu", "fp32").device.type == "cpu"
+    with pytest.raises(ConfigError, match="precision=bf16"):
+        choose_compute("cuda", "bf16")
+    big = torch.zeros(51, dtype=torch.uint8)
+    assert CUDA.place(big) is big
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_kernels(cuda, deterministic):
+    choose_compute("auto", "auto", deterministic)
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+
+
+NEW_PAGES = """
+import resource, torch
+from modeling.inference.device import choose_compute
+choose_compute("cpu", "fp32")
+for _ in range(4):  # until the heap is as large as it gets
+    torch.ones(2**26, dtype=torch.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**26, dtype=torch.uint8)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize())
+"""
+
+
+# Hides no package: what is tested is a setting of glibc's allocator, and other C libraries have none.
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_cpu_takes_no_new_pages_for_blocks_that_it_has_freed():
+    """In a process of its own: the heap of one that has run other tests has many shapes."""
+    done = subprocess.run([sys.executable, "-c", NEW_PAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**24
+
+
+def test_other_systems_and_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: object())  # which has no mallopt
+    assert choose_compute("cpu", "fp32") == CPU
+    monkeypatch.setattr(device.sys, "platform", "win32")
+    monkeypatch.setattr(device.ctypes, "CDLL", None)
+    assert choose_compute("cpu", "fp32") == CPU
+
+
+def test_seeding_the_device_is_seeding_torch():
+    torch.manual_seed(2**40 + 1)
+    expected = torch.rand(3)
+    CPU.seed(2**40 + 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("compute", "wanted", "compiles"),
+    [(CPU, False, 0), (CPU, None, 0), (CPU, True, 1), (CUDA, False, 0), (CUDA, None, 1), (CUDA, True, 1)],
+)
+def test_a_network_is_compiled_if_wanted_and_by_default_on_cuda(compute, wanted, compiles, counter):
+    network, x = torch.nn.Linear(1, 1), torch.ones(1, 1)
+    before = counter.frame_count
+    forward = compute.compiled(network, wanted)
+    assert torch.equal(forward(x), network(x)) and (forward is network) == (not compiles)
+    assert counter.frame_count == before + compiles
+
+
+def test_each_batch_size_is_compiled_for_itself(counter):
+    """A compiler that expects sizes to vary gives up the layout of convolutions."""
+    forward = CPU.compiled(torch.nn.Linear(3, 3), True)
+    before = counter.frame_count
+    for n in (4, 6, 8, 4, 6, 8):
+        forward(torch.ones(n, 3))
+    assert counter.frame_count - before == 3
+
+
+def test_a_failing_compiler_is_one_line_that_names_the_key(monkeypatch, tmp_path):
+    """A compiler that is not there, and one that cannot compile this network."""
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/absent/c++",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def fails(graph, inputs):
+        raise ValueError("too many registers")
+
+    for backend, reason in (("inductor", ""), (fails, "too many registers")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+            with pytest.raises(Exception) as raised:
+                CPU.compiled(torch.nn.Linear(3, 3), True)(torch.ones(1, 3))
+        line = explain(raised.value, "train")
+        assert line is not None and line.startswith("torch.compile failed (") and "\n" not in line
+        assert reason in line and "trainer.compile=false" in line
+
+
+def test_a_sampler_with_compile_runs_a_compiled_network(model, counter):
+    names = list(model.state_dict())
+    assert place_trained(model, sampler(), CPU) is model
+    plain = draw_samples(model, sampler(), range(4), (3, 8, 8), CPU)
+    before = counter.frame_count
+    compiled = place_trained(model, sampler(compile=True), CPU)
+    assert torch.equal(draw_samples(compiled, sampler(), range(4), (3, 8, 8), CPU), plain) and plain.float().std() > 1
+    assert counter.frame_count > before and list(compiled.state_dict()) == names
+
+
+@NEEDS_CUDA
+def test_cuda_trains_and_samples_as_the_cpu_does(model):
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
+    expected = model(x, t, x)
+    images = draw_samples(model, sampler(), range(3), (3, 8, 8), CPU)
+    compute = choose_compute("cuda", "fp32")
+    assert compute.place(torch.zeros(2, dtype=torch.uint8)).is_cuda
+    model = compute.place_model(model)
+    assert torch.allclose(model(x.cuda(), t.cuda(), x.cuda()).cpu(), expected, rtol=1e-2)  # its convolutions are TF32
+    # Their noise is each device's own: only the kind of the result can be compared.
+    drawn = draw_samples(model, sampler(), range(3), (3, 8, 8), compute)
+    assert drawn.shape == images.shape and drawn.dtype == images.dtype and not drawn.is_cuda
+    with choose_compute("cuda", "auto").autocast():
+        assert torch.allclose(model(x.cuda(), t.cuda(), x.cuda()).float().cpu(), expected, rtol=0.1)

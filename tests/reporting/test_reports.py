@@ -1,0 +1,75 @@
+"""What the trainer reports reaches the files, the progress and W&B; again on a resume."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling.reporting.progress import Progress
+from modeling.reporting.reports import Reports
+from modeling.reporting.wandb_run import WandbRun
+
+
+class Logged(WandbRun):
+    """In place of W&B: keeps what is logged, the size of a picture for a picture."""
+
+    def __init__(self):
+        self.run = self.folder = None
+        self.steps = {}
+
+    def log(self, values, step):
+        sizes = {k: v if isinstance(v, float) else Image.open(v).size for k, v in values.items()}
+        self.steps.setdefault(step, []).append(sizes)
+
+
+@pytest.fixture
+def process(tmp_path):
+    """Makes the reports of a new process."""
+
+    def process():
+        examples = torch.zeros(4, 1, 4, 4, dtype=torch.uint8)
+        progress = Progress(6, 2, torch.device("cpu"))
+        return Reports(SimpleNamespace(folder=tmp_path), progress, Logged(), examples, 2)
+
+    return process
+
+
+def train(reports, start, last):
+    """What the trainer calls; a resumed one first reports the step of its checkpoint once more."""
+    reports.started(start)
+    for step in range(max(start, 1), last + 1):
+        if step > start:
+            reports.stepped(step)
+        row = {"step": step, "images": 2 * step, "lr": 0.1, "loss": 1 / step, "grad_norm": 1.0}
+        reports.logged(step, row | {"held_out_loss": 0.1234567890123}, 0.3 * step)
+        if step % 2 == 0:
+            reports.sampled(step, torch.zeros(step, 1, 4, 4, dtype=torch.uint8))
+
+
+def test_a_resumed_run_logs_the_same_to_wandb_and_publishes_the_same(process, tmp_path):
+    whole = process()
+    train(whole, 0, 6)
+    whole.publish(tmp_path / "whole", 7)
+    assert whole.wandb_run.steps[0] == [{"inputs": (14, 14)}]
+    values = {"train/images": 6, "train/lr": 0.1, "train/loss": 0.333333333, "train/grad_norm": 1}
+    values |= {"train/held_out_loss": 0.123456789, "train/images_per_second": pytest.approx(6 / 0.9)}
+    assert whole.wandb_run.steps[3] == [values]
+    assert whole.wandb_run.steps[4][1] == {"train/samples": (14, 14)}  # a row for each of two classes
+    train(process(), 0, 5)
+    (tmp_path / "samples/step-x.png").touch()  # not ours
+    process().started(4)
+    assert [path.name for path in (tmp_path / "samples").glob("step-0*")] == ["step-000000002.png"]
+    resumed = process()
+    train(resumed, 4, 6)
+    assert resumed.wandb_run.steps == whole.wandb_run.steps
+    resumed.publish(tmp_path / "resumed", 7)
+    names = {path.name for path in (tmp_path / "resumed/samples").iterdir()}
+    assert names == {f"step-00000000{step}.png" for step in (2, 4, 6)}
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "resumed" / path.relative_to(tmp_path / "whole")).read_bytes()
+    assert json.loads((tmp_path / "resumed/train.json").read_text())["train"] == {
+        **{"loss": 1 / 6, "held_out_loss": 0.1234567890123, "steps": 6, "images": 12, "parameters": 7},
+        **{"seconds": 1.8, "images_per_second": 6.7},
+    }

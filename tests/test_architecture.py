@@ -1,0 +1,108 @@
+"""The packages: who may import whom; few arguments; registries, settings and conf/ with the same choices."""
+
+import ast
+import importlib.util
+from graphlib import TopologicalSorter
+
+import pytest
+import yaml
+from helpers.configs import group
+from helpers.pipeline import ROOT
+
+from modeling.data.sources import SOURCES
+from modeling.diffusion.samplers import SAMPLERS
+from modeling.diffusion.schedule import SCHEDULES
+from modeling.settings import GROUPS
+from modeling.training.optimizer import OPTIMIZERS
+
+SPEC = importlib.util.spec_from_file_location("architecture", ROOT / "docs/architecture.py")
+architecture = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(architecture)
+
+LOWEST = {"seeds", "settings", "reliability"}
+INFERENCE = {"inference", "build", "data", "distributed", "diffusion", *LOWEST}
+MAY_IMPORT = {
+    "seeds": set(),
+    "settings": set(),
+    "reliability": set(),
+    "diffusion": set(),
+    "distributed": {"reliability", "settings"},
+    "data": LOWEST,
+    "config": {"reliability", "settings"},
+    "build": {"diffusion", *LOWEST},
+    "inference": INFERENCE - {"inference"},
+    "interop": {"diffusion", "reliability", "settings"},
+    "checkpoints": {"build", "interop", "diffusion", *LOWEST},
+    "training": {"checkpoints", "interop", *INFERENCE},
+    "evaluation": {"checkpoints", "interop", *INFERENCE},
+    "reporting": {"checkpoints", "interop", "training", *INFERENCE},
+    "stages": {"checkpoints", "interop", "training", "evaluation", "reporting", *INFERENCE},
+    "main": {"config", "distributed", "reliability", "settings", "stages"},
+}
+MOST_ARGUMENTS = 7
+REGISTRIES = {"sampler": SAMPLERS, "diffusion": SCHEDULES, "data": SOURCES, "optimizer": OPTIMIZERS}
+
+
+def test_every_package_imports_only_what_it_may():
+    packages = architecture.graph()
+    assert packages.keys() == MAY_IMPORT.keys()
+    assert {package: targets - MAY_IMPORT[package] for package, targets in packages.items()} == {
+        package: set() for package in packages
+    }
+
+
+def test_no_rule_and_no_import_closes_a_circle():
+    tuple(TopologicalSorter(MAY_IMPORT).static_order())
+    modules = {module: architecture.imports(module).keys() for module in architecture.files()}
+    tuple(TopologicalSorter(modules).static_order())  # of the modules within a package too
+
+
+def test_the_command_line_and_the_reports_import_one_thing_each():
+    used = {target for target in architecture.imports("main") if target.startswith("modeling.distributed")}
+    assert used == {"modeling.distributed.launcher"}  # the others need torch
+    names = {}
+    for module in architecture.files():
+        if module.startswith("modeling.reporting"):
+            for target, found in architecture.imports(module).items():
+                if target.startswith("modeling.training"):
+                    names.setdefault(target, set()).update(found)
+    assert names == {"modeling.training.trainer": {"Reporter"}}
+
+
+def test_the_page_is_what_the_script_prints():
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert page == architecture.page(), "run python docs/architecture.py > docs/architecture.md"
+
+
+def test_no_function_takes_many_arguments():
+    many = set()
+    for module, path in architecture.files().items():
+        tree = ast.parse(path.read_text())
+        functions = {node: "" for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)}
+        functions |= {
+            node: f"{outer.name}." for outer in ast.walk(tree) if isinstance(outer, ast.ClassDef) for node in outer.body
+        }
+        for node, prefix in functions.items():
+            if isinstance(node, ast.FunctionDef | ast.Lambda):
+                a = node.args
+                names = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+                names += [arg.arg for arg in (a.vararg, a.kwarg) if arg]
+                if len([name for name in names if name not in ("self", "cls")]) > MOST_ARGUMENTS:
+                    many.add(f"{module}.{prefix}{getattr(node, 'name', 'lambda')}")
+    assert many == {"modeling.diffusion.unet.UNet.__init__"}
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_registry_settings_and_conf_have_the_same_choices(name):
+    schema = GROUPS[name]
+    files = {path.stem: path for path in (ROOT / "conf" / name).glob("*.yaml")}
+    assert REGISTRIES[name].keys() == schema.choices.keys() == files.keys()
+    for choice, path in files.items():
+        assert yaml.safe_load(path.read_text())[schema.key] == choice
+        assert type(group(name, choice)) is schema.choices[choice]
+
+
+def test_every_group_has_a_folder_of_conf():
+    folders = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    assert folders == {*GROUPS, "experiment", "shared"}
+    assert {path.stem for path in (ROOT / "conf/shared").iterdir()} <= GROUPS.keys()
