@@ -43,8 +43,8 @@ from modeling.training.ema import EMA
 from modeling.training.optimizer import build_optimizer, learning_rate
 from modeling.training.state import CheckpointFolder, TrainingState
 
-EVALUATION_BATCH = 250  # of the held-out loss, and
-# of the sample grids: DDIM without guidance; neither batch size changes a result
+EVALUATION_BATCH = 250  # of the held-out loss; no batch size here changes a result
+# The sampler of the sample grids: DDIM without guidance.
 GRID_SAMPLER: dict[str, Any] = {"name": "ddim", "eta": 0.0, "seed": 0, "clip_denoised": True, "batch_size": 64}
 GRID_SAMPLER |= {"guidance_scale": 1.0, "label": None, "compile": False}
 CHECK_EVERY = 1000  # steps between checks for divergence, if nothing else checks before
@@ -130,7 +130,7 @@ class Trainer:
             if stop and not last:
                 raise self._stopped()
             if self.step and self._due():
-                self._count_time()
+                self._check_finite()
                 sums, count = self.state.sums, self.state.count
                 try:
                     self._report()
@@ -146,13 +146,13 @@ class Trainer:
             self._train_step()
             self.reporter.stepped(self.step)
             if len(self.unchecked) >= CHECK_EVERY:
-                self._count_time()
+                self._check_finite()
 
     def _save(self) -> None:
         """Saves a checkpoint, unless it is not finite or differs between the processes."""
         weights = [*self.parameters, *self.ema.model.parameters()]
         check_same(weights, f"the weights after step {self.step}")
-        self._count_time(weights)
+        self._check_finite(weights)
         self.state.save(self.folder)
 
     def _stopped(self) -> Stopped:
@@ -187,15 +187,11 @@ class Trainer:
         detached: Tensor = loss.detach()
         return detached
 
-    def _count_time(self, weights: Sequence[Tensor] = ()) -> None:
-        """Adds the time since the last call to that of training; waits for the device and checks for divergence."""
-        self._check_finite(weights)
-        now = time.perf_counter()
-        self.state.seconds += now - self._since
-        self._since = now
+    def _check_finite(self, weights: Sequence[Tensor] = ()) -> None:
+        """Waits for the device and counts the time of training since the last check.
 
-    def _check_finite(self, weights: Sequence[Tensor]) -> None:
-        """Raises UserError for the first step since the last check whose loss, gradient or weights are not finite."""
+        UserError for the first step since then whose loss, gradient or weights are not finite.
+        """
         rows = torch.stack(self.unchecked).tolist() if self.unchecked else []
         self.unchecked.clear()
         norm = math.nan
@@ -205,6 +201,9 @@ class Trainer:
                 raise self._diverged("gradient" if math.isfinite(loss) else "loss", step, norm)
         if weights and not bool(torch.stack([w.isfinite().all() for w in weights]).all()):
             raise self._diverged("weights", self.step, norm)
+        now = time.perf_counter()
+        self.state.seconds += now - self._since
+        self._since = now
 
     def _diverged(self, what: str, step: int, norm: float) -> UserError:
         """The error to raise; the batch of the step, a function of (seed, step), is kept in the folder."""
