@@ -87,7 +87,7 @@ def train_step(trainer: Trainer) -> None:
     """One whole step: batch, noise, loss, gradients, clipping, optimizer, EMA; the loss is read when it is logged."""
     trainer._train_step()
     if trainer.step % trainer.config.log_every == 0:
-        trainer._count_time()
+        trainer._check_finite()
         trainer.state.means()
 
 

@@ -218,6 +218,6 @@ def test_samplers_and_classes_of_a_trained_model(tmp_path, monkeypatch):
 
 
 def test_profile_names_operators(capsys):
-    profile.main(arguments=["--steps=1", "model=tiny", "trainer.batch_size=2"])
+    profile.main(arguments=["--steps=1", "model=tiny", "trainer.batch_size=2", "trainer.log_every=1"])
     printed = capsys.readouterr().out
     assert "model=tiny, batch 2" in printed and "convolution" in printed
