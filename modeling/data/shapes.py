@@ -12,6 +12,7 @@ import numpy.typing as npt
 from modeling.reliability.signals import poll
 
 Array = npt.NDArray[np.float64]
+Split = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # images [N, H, W, C], labels [N]
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "circle": (0.95, 0.20, 0.20),
@@ -47,13 +48,8 @@ REGIONS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def draw_shapes(
-    count: int, image_size: int, seed: int, split: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """`count` images of `image_size` pixels, the classes in turn: uint8 [N, H, W, 3] and int64 labels [N].
-
-    `split` is 0 for training and 1 for testing; the two never share a random number.
-    """
+def draw_shapes(count: int, image_size: int, seed: int, split: int) -> Split:
+    """The classes in turn; `split` is 0 for training and 1 for testing, and the two never share a random number."""
     images = np.empty((count, image_size, image_size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
     pixels = np.arange(image_size) + 0.5

@@ -26,7 +26,7 @@ def run_of(*overrides, bf16=False):
 
 
 def claim(run):
-    with run.claimed():
+    with run.locked():
         return run
 
 
