@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10
 
 from modeling.data.prepared import Prepared, ensure_prepared, prepare, prepared_folder, write_prepared
 from modeling.data.shapes import CLASSES, COLOURS, draw_shapes
-from modeling.data.sources import SOURCES, cifar10, folder
+from modeling.data.sources import cifar10, folder
 from modeling.reliability.errors import ConfigError, Stopped, UserError
 
 SHAPES = group("data", "shapes", num_train=20, num_test=10, image_size=8)
@@ -55,12 +55,6 @@ def test_prepared_round_trip(tmp_path):
     assert {*meta["sha256"]} == {"train", "train_labels", "test", "test_labels"}
 
 
-def test_a_prepared_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        write(tmp_path / "file" / "x")
-
-
 @pytest.mark.parametrize(
     "content", [None, "{}", "[]", "3", "{", '{"source": 3, "classes": [], "shape": [], "sha256": {}}']
 )
@@ -74,20 +68,16 @@ def test_a_damaged_data_json_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["train.npy", "train_labels.npy"])
-def test_a_changed_bit_is_found_before_anything_is_trained_on_it(tmp_path, name):
-    found = write(tmp_path / "x")
-    content = bytearray((tmp_path / "x" / name).read_bytes())
+def test_a_changed_bit_or_a_missing_array_is_found_before_anything_is_trained_on_it(tmp_path, name):
+    found, path = write(tmp_path / "x"), tmp_path / "x" / name
+    content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    (tmp_path / "x" / name).write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} is damaged \(its SHA-256 is not the one in data.json\): run stage="):
         _ = found.train
-
-
-def test_a_missing_array_is_named(tmp_path):
-    found = write(tmp_path / "x")
-    (tmp_path / "x/test.npy").unlink()
-    with pytest.raises(UserError, match=r"test.npy is damaged \(.*No such file.*\): run stage=prepare again"):
-        _ = found.test
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{name} is damaged \(.*No such file.*\): run stage=prepare again"):
+        _ = found.train
 
 
 def test_data_is_prepared_once_unless_it_is_to_be_made_again(root, caplog):
@@ -97,7 +87,9 @@ def test_data_is_prepared_once_unless_it_is_to_be_made_again(root, caplog):
     assert "data: shapes, 20 + 10 images of 8 x 8 x 3, in" in caplog.text
     caplog.clear()
     prepare(config, SHAPES, again=False)
-    assert ensure_prepared(config, SHAPES).source == vars(SHAPES) and not caplog.text
+    found = ensure_prepared(config, SHAPES)
+    assert found.source == vars(SHAPES) and found.classes == [*CLASSES] and not caplog.text
+    assert not torch.equal(found.train.images[:10], found.test.images), "the splits differ"
     prepare(config, SHAPES, again=True)
     assert "data: shapes" in caplog.text
 
@@ -138,11 +130,6 @@ def test_every_class_has_its_colour_and_its_shape():
         ratio = brightest / np.array(COLOURS[name])
         assert np.allclose(ratio, ratio[0], atol=0.03) and 0.84 < ratio[0] < 1.01, name
         assert 0.03 < (image.max(2) > 100).mean() < 0.5, name
-
-
-def test_shapes_source():
-    (train, _), (test, _), classes = SOURCES["shapes"](30, 10, 16, 0)
-    assert train.shape == (30, 16, 16, 3) and test.shape == (10, 16, 16, 3) and len(classes) == 10
 
 
 # A user's folder
