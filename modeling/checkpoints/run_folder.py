@@ -10,7 +10,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +25,12 @@ log = logging.getLogger(__name__)
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """The content of a run's run.json; always with its `wandb_id`, made on first use."""
-    try:
-        notes = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        notes = {}
-    if not isinstance(notes, dict) or not isinstance(notes.get("wandb_id"), str):
-        notes = {"wandb_id": uuid.uuid4().hex[:12]}
-        write_notes(folder, notes)
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "run.json").read_text())
+        if isinstance(found, dict) and isinstance(found.get("wandb_id"), str):
+            return found
+    notes = {"wandb_id": uuid.uuid4().hex[:12]}
+    write_notes(folder, notes)
     return notes
 
 

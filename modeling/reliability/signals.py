@@ -77,9 +77,8 @@ def stop_requests() -> Iterator[None]:
 def resume_command(typed: Sequence[str], resume: str = "auto") -> str:
     """The command that resumes, with `auto` in place of trainer.resume=never; only described if it was not `typed`."""
     instead = " with trainer.resume=auto" if resume == "never" else ""
-    if "DVC_STAGE" in os.environ:
-        return "the same dvc command" + instead
-    if "MASTER_ADDR" in os.environ:
-        return "the same torchrun command" + instead
+    for variable, command in (("DVC_STAGE", "dvc"), ("MASTER_ADDR", "torchrun")):
+        if variable in os.environ:
+            return f"the same {command} command{instead}"
     words = [word for word in typed if not (instead and word.startswith("trainer.resume="))]
     return shlex.join(["python", *words, *instead.split()[1:]])

@@ -73,11 +73,6 @@ def test_metadata_that_lie_are_refused(tmp_path, model, wrong):
         load_trained(tmp_path / "m")
 
 
-def test_a_folder_is_one_of_diffusers(tmp_path):
-    with pytest.raises(UserError, match=r"config.json cannot be read"):
-        load_trained(tmp_path)
-
-
 def variance_of(named, held=DIFFUSION, **groups):
     """requested_variance for a file with MODEL and `held`, and a configuration of other groups."""
     config = SimpleNamespace(**{"model": MODEL, "diffusion": DIFFUSION, "named": {*named}} | groups)

@@ -100,11 +100,12 @@ def test_never_sets_the_earlier_state_aside(caplog):
     assert (run.folder / "step-000000005.pt").exists()
 
 
-def test_fewer_steps_than_are_done_are_a_run_beside_it():
+def test_fewer_steps_than_are_done_are_a_run_beside_it(caplog):
     run = run_of("trainer.steps=9")
     save_checkpoint(run.folder, 9, {})
     assert run_of("trainer.steps=9").folder == run.folder
-    assert run_of("trainer.steps=8").folder.name == f"{run.name}-upto-8"
+    assert claim(run).folder == run.folder
+    assert claim(run_of("trainer.steps=8")).folder.name == f"{run.name}-upto-8" and not caplog.text
     assert run_of("trainer.steps=8", "trainer.resume=never").folder == run.folder
 
 

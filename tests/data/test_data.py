@@ -13,11 +13,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from modeling.data.prepared import Prepared, ensure_prepared, prepare, prepared_folder, write_prepared
-from modeling.data.shapes import CLASSES, COLOURS, draw_shapes
+from modeling.data.shapes import CLASSES, SHAPES, draw_shapes
 from modeling.data.sources import cifar10, folder
 from modeling.reliability.errors import ConfigError, Stopped, UserError
 
-SHAPES = group("data", "shapes", num_train=20, num_test=10, image_size=8)
+DATA = group("data", "shapes", num_train=20, num_test=10, image_size=8)
 
 
 @pytest.fixture(autouse=True)
@@ -83,23 +83,23 @@ def test_a_changed_bit_or_a_missing_array_is_found_before_anything_is_trained_on
 def test_data_is_prepared_once_unless_it_is_to_be_made_again(root, caplog):
     caplog.set_level("INFO")
     config = SimpleNamespace(out_dir=None)
-    assert ensure_prepared(config, SHAPES).folder == prepared_folder(config, SHAPES)
+    assert ensure_prepared(config, DATA).folder == prepared_folder(config, DATA)
     assert "data: shapes, 20 + 10 images of 8 x 8 x 3, in" in caplog.text
     caplog.clear()
-    prepare(config, SHAPES, again=False)
-    found = ensure_prepared(config, SHAPES)
-    assert found.source == vars(SHAPES) and found.classes == [*CLASSES] and not caplog.text
+    prepare(config, DATA, again=False)
+    found = ensure_prepared(config, DATA)
+    assert found.source == vars(DATA) and found.classes == [*CLASSES] and not caplog.text
     assert not torch.equal(found.train.images[:10], found.test.images), "the splits differ"
-    prepare(config, SHAPES, again=True)
+    prepare(config, DATA, again=True)
     assert "data: shapes" in caplog.text
 
 
 def test_an_out_dir_must_hold_the_data_that_is_configured(tmp_path):
     config = SimpleNamespace(out_dir=str(tmp_path))
     with pytest.raises(UserError, match="run stage=prepare first"):
-        ensure_prepared(config, SHAPES)
-    prepare(config, SHAPES, again=True)
-    assert ensure_prepared(config, SHAPES).folder == tmp_path / "data/shapes"
+        ensure_prepared(config, DATA)
+    prepare(config, DATA, again=True)
+    assert ensure_prepared(config, DATA).folder == tmp_path / "data/shapes"
     with pytest.raises(ConfigError, match=r"data.seed=1: .* was made with seed=0: run stage=prepare again"):
         ensure_prepared(config, group("data", "shapes", num_train=20, num_test=10, image_size=8, seed=1))
 
@@ -127,7 +127,7 @@ def test_every_class_has_its_colour_and_its_shape():
     images, _ = draw_shapes(10, 32, 0, 0)
     for image, name in zip(images, CLASSES, strict=True):
         brightest = image[tuple(np.argwhere(image.sum(2) == image.sum(2).max())[0])] / 255
-        ratio = brightest / np.array(COLOURS[name])
+        ratio = brightest / np.array(SHAPES[name][0])
         assert np.allclose(ratio, ratio[0], atol=0.03) and 0.84 < ratio[0] < 1.01, name
         assert 0.03 < (image.max(2) > 100).mean() < 0.5, name
 

@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 
 import torch
 
@@ -33,10 +34,7 @@ def _child(arguments, cwd, environment, log, stacks, limits):
     descriptor = os.open(stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # unbuffered: signals may come within signals
 
     def write_stack(number, frame):
-        names = []
-        while frame is not None:
-            names.append(frame.f_code.co_name)
-            frame = frame.f_back
+        names = [each.f_code.co_name for each, _ in traceback.walk_stack(frame)]
         os.write(descriptor, (" ".join(names) + "\n").encode())
 
     signal.signal(signal.SIGUSR1, write_stack)

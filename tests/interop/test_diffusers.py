@@ -131,8 +131,9 @@ def test_a_hostile_folder_is_refused(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'hacked'}",)
 
-    for content in ("[]", "3", "{"):
-        (tmp_path / "config.json").write_text(content)
+    for content in (None, "[]", "3", "{"):
+        if content:
+            (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match="cannot be read"):
             load_trained(tmp_path)
     weights = saved(tmp_path) / "unet/diffusion_pytorch_model.safetensors"
