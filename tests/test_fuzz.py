@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import io
-import math
+import json
 import pickle
 import struct
 import tarfile
@@ -63,17 +63,9 @@ def test_configurations(plain, data):
     try:
         config = load_config(OmegaConf.create(values))
         assert isinstance(config, Config) and isinstance(config.out_dir, str | None)
-        assert all(math.isfinite(v) for v in numbers(dataclasses.asdict(config)))
+        json.dumps(dataclasses.asdict(config), default=sorted, allow_nan=False)  # all numbers are finite
     except (ConfigError, OmegaConfBaseException) as error:  # main.py makes one line of both
         assert str(error)
-
-
-def numbers(node):
-    for value in node.values() if isinstance(node, dict) else node:
-        if isinstance(value, dict | list):
-            yield from numbers(value)
-        elif isinstance(value, float):
-            yield value
 
 
 def mutated(data, content):
@@ -177,15 +169,11 @@ def test_model_files_whose_metadata_lie(place, plain, data):
     giants = st.integers(10**5, 10**12) | st.lists(st.integers(10**5, 10**9), max_size=9)
     for _ in range(data.draw(st.integers(1, 3))):
         group = data.draw(st.sampled_from(groups))
-        group[data.draw(st.sampled_from(sorted(group)))] = data.draw(junk.filter(_plain) | giants)
+        group[data.draw(st.sampled_from(sorted(group)))] = data.draw(junk | giants)
     path = place / "lying.safetensors"
     save_model(path, {"network.conv_in.weight": torch.zeros(8, 3, 3, 3)}, meta)
     with pytest.raises(UserError, match="is not what it says"):
         load_trained(path)
-
-
-def _plain(value):
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 @pytest.mark.filterwarnings("error")

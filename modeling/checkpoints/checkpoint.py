@@ -32,7 +32,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
             torch.save({"version": VERSION, **state}, file)
         read_checkpoint(partial)
     # Of this step and before: a damaged one of a later step, skipped by a resume, is none of the two.
-    for old in [found for found in checkpoints(folder) if found.name <= path.name][:-KEEP]:
+    for old in [found for found in checkpoints(folder) if found <= path][:-KEEP]:
         try:
             old.unlink()
         except OSError as error:
@@ -55,11 +55,7 @@ class Damaged(RuntimeError):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that a checkpoint holds, on the CPU, every record verified by its CRC-32 (torch.load alone does not).
-
-    Raises:
-        Damaged: unreadable, truncated, altered, of another version, or more than plain types and tensors.
-    """
+    """The state in a checkpoint, on the CPU, every record verified by its CRC-32 (torch.load alone does not)."""
     try:
         with zipfile.ZipFile(path) as archive:
             # torch stores without compression, so what expands is not a checkpoint.
@@ -80,21 +76,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def restore_newest(folder: Path, restore: Callable[[dict[str, Any]], None]) -> bool:
-    """Passes the newest checkpoint that `restore` does not refuse as Damaged to it; False if the folder has none.
-
-    Raises:
-        UserError: there are checkpoints, and none can be used.
-    """
+    """Passes the newest checkpoint that `restore` does not refuse as Damaged to it; False if the folder has none."""
     found = checkpoints(folder)
     for path in reversed(found):
         try:
             restore(read_checkpoint(path))
+            return True
         except Damaged as error:
             log.warning("checkpoint %s is damaged (%s): trying the one before it", path, error)
-        else:
-            return True
     if found:
-        raise UserError(
-            f"none of the {len(found)} checkpoints in {folder} can be used: trainer.resume=never starts from step 0"
-        )
+        reason = f"none of the {len(found)} checkpoints in {folder} can be used"
+        raise UserError(f"{reason}: trainer.resume=never starts from step 0")
     return False

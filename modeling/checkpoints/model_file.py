@@ -1,7 +1,4 @@
-"""Model files: published weights as safetensors, whose metadata carry the configuration.
-
-So `load_trained` needs nothing but the file. Nothing is unpickled, and a checksum of the weights is verified.
-"""
+"""Model files: published weights as safetensors, whose metadata carry the configuration and a checksum."""
 
 import hashlib
 import json
@@ -61,20 +58,14 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
-    """A model from its file or from a folder of diffusers, in eval mode on the CPU, and its metadata (stages/train.py).
-
-    Raises:
-        UserError: missing, damaged, or the weights do not fit the architecture that the metadata name.
-    """
+    """A model from its file or a folder of diffusers, in eval mode on the CPU, and its metadata (stages/train.py)."""
     try:
         tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
         meta["sha256"] = weights_hash(tensors)
         if not RUN_NAME.fullmatch(meta["run"]) or not isinstance(meta["steps"], int):
             raise ValueError(f"it names the run {meta['run']!r} and the steps {meta['steps']!r}")
-        if "data" in meta["config"]:
-            parse_group("data", meta["config"]["data"])
-        model = parse_group("model", meta["config"]["model"])
-        diffusion = parse_group("diffusion", meta["config"]["diffusion"])
+        names = ["model", "diffusion", *({"data"} & meta["config"].keys())]
+        model, diffusion, *_ = (parse_group(name, meta["config"][name]) for name in names)
         # A small file may name a giant, so the sizes are checked first, on a network without memory.
         if max(model.num_res_blocks, len(model.channel_mult)) > len(tensors) or diffusion.num_timesteps > MAX_TIMESTEPS:
             raise ValueError("its metadata name sizes that its tensors do not have")
@@ -93,11 +84,7 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
 
 
 def requested_variance(config: Config, path: Path, meta: Mapping[str, Any]) -> str:
-    """The variance to sample with: that of the model file, unless the user requests another that its weights allow.
-
-    Raises:
-        ConfigError: the user requests another network or diffusion; the message names the first key that differs.
-    """
+    """The variance to sample with: the file's, unless another is requested; ConfigError if the weights do not fit."""
     variance: str = meta["config"]["diffusion"]["variance"]
     for group in ("diffusion", "model"):
         own = affects(parse_group(group, meta["config"][group]), "weights")

@@ -10,7 +10,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +25,12 @@ log = logging.getLogger(__name__)
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """The content of a run's run.json; always with its `wandb_id`, made on first use."""
-    try:
-        notes = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        notes = {}
-    if not isinstance(notes, dict) or not isinstance(notes.get("wandb_id"), str):
-        notes = {"wandb_id": uuid.uuid4().hex[:12]}
-        write_notes(folder, notes)
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "run.json").read_text())
+        if isinstance(found, dict) and isinstance(found.get("wandb_id"), str):
+            return found
+    notes = {"wandb_id": uuid.uuid4().hex[:12]}
+    write_notes(folder, notes)
     return notes
 
 
@@ -41,19 +40,13 @@ def write_notes(folder: Path, notes: dict[str, Any]) -> None:
 
 
 class Start(NamedTuple):
-    """A checkpoint that a run starts from."""
-
-    path: Path
+    path: Path  # of a checkpoint that a run starts from
     sha256: str
 
 
 def start_checkpoint(config: Config) -> Start | None:
-    """The checkpoint that trainer.resume names, or None if it is `auto` or `never`; ConfigError if there is none.
-
-    The file may be gone once a run has started from it and has checkpoints of its own: old checkpoints are removed.
-    """
-    resume = config.trainer.resume
-    if resume in ("auto", "never"):
+    """The checkpoint that trainer.resume names; if it is gone (old ones are), as a run that it began noted it."""
+    if (resume := config.trainer.resume) in ("auto", "never"):
         return None
     paths = [Path(resume).absolute(), state_root() / resume]
     for path in filter(Path.is_file, paths):
@@ -101,7 +94,7 @@ class Run:
         self.notes: dict[str, Any] = {}
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Locks the folder for this process, and reads and writes its notes; else raises UserError."""
         with locked(self.folder / "lock", wait=False):
             for folder in (self.folder, self.folder / "samples"):
@@ -135,10 +128,9 @@ class Run:
         other = "fp32" if self.parts["precision"] == "bf16" else "bf16"
 
         def newest(recipe: str) -> Path | None:
-            for folder, notes in _runs():
-                if notes.get("recipe") == recipe and not folder.name.startswith(self.name) and checkpoints(folder):
-                    return checkpoints(folder)[-1]
-            return None
+            folders = (folder for folder, notes in _runs() if notes.get("recipe") == recipe)
+            others = (checkpoints(folder) for folder in folders if not folder.name.startswith(self.name))
+            return next((found[-1] for found in others if found), None)
 
         if path := newest(fingerprint(self.parts)):
             reason = f"the code that training imports has changed since step {step_of(path)} of {path.parent}"

@@ -10,7 +10,7 @@ import logging
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class LabelledImages(NamedTuple):
-    """A split as the model sees it: uint8 [N, C, H, W] and int64 [N]."""
+    """A split as the model sees it."""
 
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
 
     def first(self, count: int | None) -> "LabelledImages":
         """The first `count`; None: all."""
@@ -61,17 +61,16 @@ class Prepared:
         return self._load("test")
 
     def _load(self, split: str) -> LabelledImages:
-        def load(stem: str, mmap_mode: Literal["c"] | None) -> Tensor:
-            path = self.folder / f"{stem}.npy"
-            try:
-                if _sha256(path) != self.sha256[stem]:
-                    raise ValueError("its SHA-256 is not the one in data.json")
-                return torch.from_numpy(np.load(path, mmap_mode))
-            except (KeyError, OSError, TypeError, ValueError) as error:
-                raise UserError(f"{path} is damaged ({short(error)}): run stage=prepare again") from None
+        return LabelledImages(self._array(split).permute(0, 3, 1, 2), self._array(f"{split}_labels"))
 
-        # "c" maps copy-on-write: the tensor may be written to, the file never is.
-        return LabelledImages(load(split, "c").permute(0, 3, 1, 2), load(f"{split}_labels", None))
+    def _array(self, stem: str) -> Tensor:
+        path = self.folder / f"{stem}.npy"
+        try:
+            if _sha256(path) != self.sha256[stem]:
+                raise ValueError("its SHA-256 is not the one in data.json")
+            return torch.from_numpy(np.load(path, "c"))  # copy-on-write: the tensor may be written to, not the file
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({short(error)}): run stage=prepare again") from None
 
 
 def write_prepared(target: Path, source: sources.Source, made_from: dict[str, Any]) -> Prepared:
@@ -112,16 +111,10 @@ def prepare(config: Config, data: DataConfig, again: bool) -> Prepared:
 
 
 def ensure_prepared(config: Config, data: DataConfig) -> Prepared:
-    """The prepared folder of `data`; a plain run makes it if it is missing, a run with an `out_dir` must have it.
-
-    Raises:
-        UserError: it is missing, or cannot be made.
-        ConfigError: it was made with other settings.
-    """
+    """The prepared folder of `data`; a plain run makes it if it is missing, a run with an `out_dir` must have it."""
     target = prepared_folder(config, data)
-    if config.out_dir is None and not (target / "data.json").exists():
-        return prepare(config, data, again=False)
-    prepared = Prepared(target)
+    missing = config.out_dir is None and not (target / "data.json").exists()
+    prepared = prepare(config, data, again=False) if missing else Prepared(target)
     for key, value in asdict(data).items():
         if (made := prepared.source.get(key, value)) != value:
             raise ConfigError(f"data.{key}={value}: {target} was made with {key}={made}: run stage=prepare again")
@@ -129,8 +122,4 @@ def ensure_prepared(config: Config, data: DataConfig) -> Prepared:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r").data).hexdigest()

@@ -12,48 +12,35 @@ import numpy.typing as npt
 from modeling.reliability.signals import poll
 
 Array = npt.NDArray[np.float64]
-
-COLOURS: dict[str, tuple[float, float, float]] = {
-    "circle": (0.95, 0.20, 0.20),
-    "square": (0.20, 0.45, 0.95),
-    "triangle": (0.20, 0.80, 0.30),
-    "ring": (0.95, 0.85, 0.15),
-    "plus": (0.80, 0.30, 0.90),
-    "diamond": (0.15, 0.85, 0.85),
-    "frame": (0.95, 0.55, 0.10),
-    "cross": (0.95, 0.55, 0.75),
-    "moon": (0.92, 0.92, 0.92),
-    "bars": (0.60, 0.42, 0.25),
-}
-CLASSES = tuple(COLOURS)
+Split = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # images [N, H, W, C], labels [N]
 
 
 def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
-# Signed distance, negative inside; x and y in units of the shape's radius, y downwards.
-REGIONS: dict[str, Callable[[Array, Array], Array]] = {
-    "circle": lambda x, y: np.hypot(x, y) - 1,
-    "square": lambda x, y: _box(x, y, 0.85, 0.85),
-    "triangle": lambda x, y: np.maximum(y - 0.75, 0.87 * np.abs(x) - 0.5 * y - 0.5),
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.22,
-    "plus": lambda x, y: np.minimum(_box(x, y, 1.0, 0.28), _box(x, y, 0.28, 1.0)),
-    "diamond": lambda x, y: (np.abs(x) + np.abs(y) - 1.1) / np.sqrt(2),
-    "frame": lambda x, y: np.abs(_box(x, y, 0.7, 0.7)) - 0.18,
-    "cross": lambda x, y: REGIONS["plus"]((x + y) / np.sqrt(2), (x - y) / np.sqrt(2)),
-    "moon": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.45, y + 0.2)),
-    "bars": lambda x, y: np.minimum(_box(x, y - 0.6, 1.0, 0.27), _box(x, y + 0.6, 1.0, 0.27)),
+def _plus(x: Array, y: Array) -> Array:
+    return np.minimum(_box(x, y, 1.0, 0.28), _box(x, y, 0.28, 1.0))
+
+
+# RGB, and the signed distance, negative inside; x and y in units of the shape's radius, y downwards.
+SHAPES: dict[str, tuple[tuple[float, float, float], Callable[[Array, Array], Array]]] = {
+    "circle": ((0.95, 0.20, 0.20), lambda x, y: np.hypot(x, y) - 1),
+    "square": ((0.20, 0.45, 0.95), lambda x, y: _box(x, y, 0.85, 0.85)),
+    "triangle": ((0.20, 0.80, 0.30), lambda x, y: np.maximum(y - 0.75, 0.87 * np.abs(x) - 0.5 * y - 0.5)),
+    "ring": ((0.95, 0.85, 0.15), lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.22),
+    "plus": ((0.80, 0.30, 0.90), _plus),
+    "diamond": ((0.15, 0.85, 0.85), lambda x, y: (np.abs(x) + np.abs(y) - 1.1) / np.sqrt(2)),
+    "frame": ((0.95, 0.55, 0.10), lambda x, y: np.abs(_box(x, y, 0.7, 0.7)) - 0.18),
+    "cross": ((0.95, 0.55, 0.75), lambda x, y: _plus((x + y) / np.sqrt(2), (x - y) / np.sqrt(2))),
+    "moon": ((0.92, 0.92, 0.92), lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.45, y + 0.2))),
+    "bars": ((0.60, 0.42, 0.25), lambda x, y: np.minimum(_box(x, y - 0.6, 1.0, 0.27), _box(x, y + 0.6, 1.0, 0.27))),
 }
+CLASSES = tuple(SHAPES)
 
 
-def draw_shapes(
-    count: int, image_size: int, seed: int, split: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """`count` images of `image_size` pixels, the classes in turn: uint8 [N, H, W, 3] and int64 labels [N].
-
-    `split` is 0 for training and 1 for testing; the two never share a random number.
-    """
+def draw_shapes(count: int, image_size: int, seed: int, split: int) -> Split:
+    """The classes in turn; `split` is 0 for training and 1 for testing, and the two never share a random number."""
     images = np.empty((count, image_size, image_size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
     pixels = np.arange(image_size) + 0.5
@@ -62,10 +49,10 @@ def draw_shapes(
         rng = np.random.default_rng([seed, split, k])
         radius = image_size * rng.uniform(0.22, 0.36)
         centre_x, centre_y = rng.uniform(radius + 1, image_size - radius - 1, 2)
-        name = CLASSES[labels[k]]
+        rgb, distance = SHAPES[CLASSES[labels[k]]]
         x, y = np.meshgrid((pixels - centre_x) / radius, (pixels - centre_y) / radius)
-        coverage = np.clip(0.5 - REGIONS[name](x, y) * radius, 0, 1)[..., None]
-        colour = np.array(COLOURS[name]) * rng.uniform(0.85, 1.0)
+        coverage = np.clip(0.5 - distance(x, y) * radius, 0, 1)[..., None]
+        colour = np.array(rgb) * rng.uniform(0.85, 1.0)
         background = rng.uniform(0.05, 0.15)
         images[k] = np.round(255 * (coverage * colour + (1 - coverage) * background))
     return images, labels

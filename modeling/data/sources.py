@@ -14,13 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from modeling.data.shapes import CLASSES, draw_shapes
+from modeling.data.shapes import CLASSES, Split, draw_shapes
 from modeling.reliability.errors import Stopped, UserError, short
 from modeling.reliability.files import locked, state_root
 from modeling.reliability.signals import poll, stopped_at_once
 
-Uint8 = npt.NDArray[np.uint8]
-Split = tuple[Uint8, npt.NDArray[np.int64]]
 Source = tuple[Split, Split, Sequence[str]]
 
 MAX_PIXELS = 1 << 24  # of one image, 4096 x 4096: a small file that unpacks to more is taken for an attack
@@ -28,11 +26,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".we
 
 
 def cifar10() -> Source:
-    """CIFAR-10 from $CIFAR10_ROOT or data/raw, downloaded if it is missing; torchvision checks the MD5 of the files.
-
-    Raises:
-        UserError: no complete copy and no network.
-    """
+    """CIFAR-10 from $CIFAR10_ROOT or data/raw, downloaded if it is missing; torchvision checks the MD5 of the files."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
@@ -46,7 +40,6 @@ def cifar10() -> Source:
     with suppress(RuntimeError):  # not found, or damaged
         return load(download=False)
     try:
-        root.mkdir(parents=True, exist_ok=True)
         with locked(root / ".lock", wait=True), stopped_at_once():
             return load(download=True)
     except Stopped:
@@ -62,11 +55,7 @@ def cifar10() -> Source:
 
 
 def folder(path: str, test_fraction: float) -> Source:
-    """A user's own images of one size; sub-folders, if any, are the classes; a random `test_fraction` is for testing.
-
-    Raises:
-        UserError: no images, an unreadable file, mixed sizes, or too few images for both splits.
-    """
+    """A user's own images of one size; sub-folders, if any, are the classes; `test_fraction` is drawn for testing."""
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"data.path={path}: no such folder")
@@ -89,7 +78,7 @@ def folder(path: str, test_fraction: float) -> Source:
     return (stacked[train], labels[train]), (stacked[test], labels[test]), classes.tolist()
 
 
-def _read_image(file: Path) -> Uint8:
+def _read_image(file: Path) -> npt.NDArray[np.uint8]:
     poll()
     try:
         with warnings.catch_warnings():

@@ -49,10 +49,7 @@ KEYS = {"num_res_blocks": ("layers_per_block", 2), "dropout": ("dropout", 0.0), 
 
 
 def load_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and metadata of a folder, as load_model returns them for a published model.
-
-    UserError names what is missing, damaged, or cannot be expressed.
-    """
+    """Weights and metadata of a folder, as load_model returns them; UserError names what cannot be read."""
     unet, scheduler = (part if part.is_dir() else folder for part in (folder / "unet", folder / "scheduler"))
     model, image_shape = _model_config(_read_json(unet / "config.json"), folder)
     diffusion = _diffusion_config(_read_json(scheduler / "scheduler_config.json"), folder)
@@ -96,8 +93,7 @@ def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], l
 
 
 def _attended(widths: Sequence[int], attends: Sequence[bool]) -> list[int]:
-    """The widths at which there is attention: of the attended resolutions, and of the middle."""
-    return [*(w for w, attend in zip(widths, attends, strict=True) if attend), widths[-1]]
+    return [*(w for w, attend in zip(widths, attends, strict=True) if attend), widths[-1]]  # the middle always attends
 
 
 def _diffusion_config(c: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -113,13 +109,9 @@ def _diffusion_config(c: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder}: {key}={str(c[key])[:40]} in scheduler_config.json cannot be read")
     if not c.get("clip_sample", True):
         log.warning("%s: its scheduler does not clip x_0: sampler.clip_denoised=false does the same", folder)
-    config = {
-        "prediction_type": c.get("prediction_type", "epsilon"),
-        "variance": ours(VARIANCES, "variance_type", "fixed_small"),
-        "min_snr_gamma": None,
-    }
-    betas = c.get("trained_betas")
-    if betas is not None:
+    config = {"prediction_type": c.get("prediction_type", "epsilon"), "min_snr_gamma": None}
+    config["variance"] = ours(VARIANCES, "variance_type", "fixed_small")
+    if (betas := c.get("trained_betas")) is not None:
         return config | {"schedule": "tabulated", "num_timesteps": len(betas), "betas": betas}
     schedule = ours(SCHEDULES, "beta_schedule", "linear")
     config |= {"schedule": schedule, "num_timesteps": c.get("num_train_timesteps", 1000)}
@@ -155,10 +147,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, meta: Mapping[str, Any]) -> None:
-    """Writes a folder that diffusers.DDPMPipeline.from_pretrained loads; ConfigError if it cannot express the model.
-
-    `weights` are of our UNet, `betas` [T] of the model's schedule, and `meta` is as load_model returns it.
-    """
+    """Writes weights of our UNet and `betas` [T] as DDPMPipeline reads them; ConfigError if it cannot express them."""
     m, d = meta["config"]["model"], meta["config"]["diffusion"]
     height, width, channels = meta["image_shape"]
     if m.get("class_conditional"):
@@ -191,10 +180,8 @@ def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, m
         process |= {key: d[key] for key in ("beta_start", "beta_end") if key in d}
     else:
         process["trained_betas"] = betas.tolist()
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in to_diffusers(weights, len(widths), m["num_res_blocks"]).items()
-    }
+    theirs = to_diffusers(weights, len(widths), m["num_res_blocks"])
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in theirs.items()}
     write_atomic(folder / "unet/diffusion_pytorch_model.safetensors", safetensors_bytes(tensors, {"format": "pt"}))
     index = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     for name, kind, content in (

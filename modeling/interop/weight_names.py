@@ -1,7 +1,6 @@
 """The weights of our UNet under the names of diffusers' UNet2DModel, and back.
 
-The two networks compute the same function; only the names differ, and our attention keeps query, key and value in one
-matrix.
+Only the names differ, and our attention keeps query, key and value in one matrix.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,6 @@
 """Exceptions whose message is for the user: main.py prints it as one line, without a traceback, and exits.
 
-`explain` gives such a line for errors of memory, disk and compiler. Every other exception is a bug.
+Errors of memory, disk and compiler get such a line from `explain`. Every other exception is a bug.
 """
 
 import errno
@@ -25,11 +25,7 @@ class ConnectionLost(UserError):
 
 
 class Stopped(UserError):
-    """A signal asked for a stop and all work is saved; the same command resumes.
-
-    Args:
-        trained: training has begun, so `trainer.resume=never` would discard what was saved.
-    """
+    """A signal asked for a stop and all work is saved; if it has `trained`, `trainer.resume=never` would discard it."""
 
     exit_code = 75
 

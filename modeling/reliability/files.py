@@ -84,7 +84,7 @@ def replacing_folder(target: Path, owned: str = "*") -> Iterator[Path]:
 
 def cannot_write(path: Path, error: Exception) -> UserError:
     """The error to raise after a failed write."""
-    reason: object = error.strerror if isinstance(error, OSError) and error.strerror else error
+    reason = getattr(error, "strerror", None) or error
     with suppress(OSError):  # NumPy and torch do not say that it is the disk
         if shutil.disk_usage(path.parent).free < 1 << 16:
             reason = "no space left on the device"
@@ -110,10 +110,7 @@ def make_writable(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Locks the file `path`; if another process has the lock, waits for it or raises a UserError that names it.
-
-    The system releases the lock when the process ends, however it ends.
-    """
+    """Locks a file, until the process dies at the latest; if another has the lock, waits or raises a UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab+", buffering=0)
@@ -125,9 +122,8 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             if not wait:
-                owner = path.read_text(errors="replace").strip() or "another process"
-                advice = "wait for its end or stop it, then run this again"
-                raise UserError(f"{owner} is working in {path.parent}: {advice}")
+                working = f"{path.read_text(errors='replace').strip() or 'another process'} is working in {path.parent}"
+                raise UserError(f"{working}: wait for its end or stop it, then run this again")
             poll()
             time.sleep(0.1)
         with suppress(OSError):  # the lock holds on a full disk too; only its owner's name is lost

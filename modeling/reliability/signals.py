@@ -75,14 +75,10 @@ def stop_requests() -> Iterator[None]:
 
 
 def resume_command(typed: Sequence[str], resume: str = "auto") -> str:
-    """The command that resumes; a process that DVC or torchrun started was not `typed`, so theirs is only described.
-
-    With trainer.resume=never it would begin at step 0 once more, so `auto` takes its place.
-    """
+    """The command that resumes, with `auto` in place of trainer.resume=never; only described if it was not `typed`."""
     instead = " with trainer.resume=auto" if resume == "never" else ""
-    if "DVC_STAGE" in os.environ:
-        return "the same dvc command" + instead
-    if "MASTER_ADDR" in os.environ:
-        return "the same torchrun command" + instead
+    for variable, command in (("DVC_STAGE", "dvc"), ("MASTER_ADDR", "torchrun")):
+        if variable in os.environ:
+            return f"the same {command} command{instead}"
     words = [word for word in typed if not (instead and word.startswith("trainer.resume="))]
     return shlex.join(["python", *words, *instead.split()[1:]])

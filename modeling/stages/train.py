@@ -54,7 +54,7 @@ def run(config: Config, out: Path) -> None:
     for needed in (out / "models", out / "reports"):
         make_writable(needed)
     poll()
-    with run.claimed():
+    with run.locked():
         _train(config, out, run, model, data, compute)
 
 

@@ -1,17 +1,14 @@
 """Atomic, verified, rotated checkpoints, and every kind of damage to them; the fingerprint."""
 
-import logging
-import os
-import pickle
 import zipfile
 
 import pytest
 import torch
 from helpers.training import Recorder, make, weights
 
-from modeling.checkpoints.checkpoint import Damaged, checkpoints, read_checkpoint, restore_newest, save_checkpoint
+from modeling.checkpoints.checkpoint import checkpoints, read_checkpoint, restore_newest, save_checkpoint
 from modeling.checkpoints.fingerprint import PACKAGE, code_hash, fingerprint, imported_files
-from modeling.reliability.errors import UserError, out_of_memory
+from modeling.reliability.errors import out_of_memory
 
 
 def state(step):
@@ -23,11 +20,14 @@ def steps(folder):
 
 
 def test_round_trip_and_rotation(tmp_path):
+    own = [tmp_path / "step-best.pt", tmp_path / "step-000000001-copy.pt"]  # a user's, and no checkpoints
+    for path in own:
+        path.touch()
     restored = []
     assert not restore_newest(tmp_path, restored.append)
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, state(step))
-    assert steps(tmp_path) == [2, 10] and len(list(tmp_path.iterdir())) == 2
+    assert steps(tmp_path) == [2, 10] and {*tmp_path.iterdir()} == {*checkpoints(tmp_path), *own}
     assert restore_newest(tmp_path, restored.append)
     (found,) = restored
     assert found.pop("version") and torch.equal(found.pop("weights")["w"], state(10)["weights"]["w"])
@@ -43,21 +43,6 @@ def test_a_later_checkpoint_that_was_skipped_is_not_one_of_the_two_that_are_kept
     assert steps(tmp_path) == [800, 1000]
 
 
-def test_a_users_own_files_are_no_checkpoints(tmp_path):
-    own = [tmp_path / "step-best.pt", tmp_path / "step-000000001-copy.pt"]
-    for path in own:
-        path.touch()
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, state(step))
-    assert steps(tmp_path) == [2, 3] and all(path.exists() for path in own)
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"step-000000001.pt cannot be written"):
-        save_checkpoint(tmp_path / "file", 1, state(1))
-
-
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {})
@@ -69,10 +54,6 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
 # Damage
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 def flip_a_bit(path):
     """Within the weights, which torch.load alone would not notice."""
     content = bytearray(path.read_bytes())
@@ -81,22 +62,10 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def another_version(path):
-    torch.save(read_checkpoint(path) | {"version": 999}, path)
-
-
 def another_network(path):
     saved = read_checkpoint(path)
     saved["model"].popitem()
     torch.save(saved, path)
-
-
-def another_content(path):
-    torch.save([1, 2], path)
 
 
 def compressed(path):
@@ -111,14 +80,6 @@ def unreadable(path):
     path.symlink_to(path.name)
 
 
-def malicious(path):
-    class Run:
-        def __reduce__(self):
-            return os.system, (f"touch {path.parent / 'hacked'}",)
-
-    torch.save({"x": Run()}, path, pickle_module=pickle)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a run with the checkpoints of steps 8 and 10, and its weights."""
@@ -131,15 +92,14 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, "not a zip file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a zip file"),
+        (lambda path: path.write_bytes(b""), "not a zip file"),
+        (lambda path: torch.save(read_checkpoint(path) | {"version": 999}, path), "its version is 999, not 3"),
+        (lambda path: torch.save([1, 2], path), "no attribute"),
         (flip_a_bit, "checksum of"),
-        (empty, "not a zip file"),
-        (another_version, "its version is 999, not 3"),
         (another_network, "Missing key"),
-        (another_content, "no attribute"),
         (compressed, "it is compressed"),
         (unreadable, "symbolic links"),
-        (malicious, "Weights only load failed"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_and_the_result_is_the_same(trained, tmp_path, caplog, damage, reason):
@@ -150,12 +110,11 @@ def test_a_damaged_checkpoint_is_skipped_and_the_result_is_the_same(trained, tmp
     damage(newest)
     recorder = Recorder()
     trainer = make(tmp_path, recorder)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level("WARNING"):
         trainer.run()
-    (record,) = caplog.records
-    assert f"checkpoint {newest} is damaged (" in record.getMessage() and reason in record.getMessage()
+    (message,) = caplog.messages
+    assert f"checkpoint {newest} is damaged (" in message and reason in message
     assert recorder.starts == [8] and torch.equal(weights(trainer), expected)
-    assert not (tmp_path / "hacked").exists()
 
 
 def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, caplog):
@@ -164,22 +123,10 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, caplog):
     def allocate(*_, **__):
         torch.empty(2**60, dtype=torch.uint8)  # the allocator raises a RuntimeError
 
-    with pytest.raises(RuntimeError, match="allocate") as raised:
-        restore_newest(tmp_path, allocate)
-    assert out_of_memory(raised.value) and "damaged" not in caplog.text
     monkeypatch.setattr(torch, "load", allocate)
     with pytest.raises(RuntimeError, match="allocate") as raised:
-        read_checkpoint(tmp_path / "step-000000001.pt")
-    assert not isinstance(raised.value, Damaged)
-
-
-def test_if_all_checkpoints_are_damaged_training_does_not_start_from_step_0(tmp_path):
-    def refuse(_):
-        raise Damaged("of another network")
-
-    save_checkpoint(tmp_path, 1, state(1))
-    with pytest.raises(UserError, match=r"none of the 1 checkpoints .* trainer\.resume=never starts from step 0"):
-        restore_newest(tmp_path, refuse)
+        restore_newest(tmp_path, lambda _: None)
+    assert out_of_memory(raised.value) and "damaged" not in caplog.text
 
 
 # Fingerprint

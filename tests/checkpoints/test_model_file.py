@@ -73,21 +73,6 @@ def test_metadata_that_lie_are_refused(tmp_path, model, wrong):
         load_trained(tmp_path / "m")
 
 
-def test_a_folder_is_one_of_diffusers(tmp_path):
-    with pytest.raises(UserError, match=r"config.json cannot be read"):
-        load_trained(tmp_path)
-
-
-def test_too_little_memory_is_not_the_files_fault(tmp_path, model, monkeypatch):
-    def full(*_, **__):
-        raise MemoryError
-
-    save_model(tmp_path / "m", model.state_dict(), ABOUT)
-    monkeypatch.setattr("modeling.checkpoints.model_file.build_model", full)
-    with pytest.raises(MemoryError):
-        load_trained(tmp_path / "m")
-
-
 def variance_of(named, held=DIFFUSION, **groups):
     """requested_variance for a file with MODEL and `held`, and a configuration of other groups."""
     config = SimpleNamespace(**{"model": MODEL, "diffusion": DIFFUSION, "named": {*named}} | groups)
@@ -100,23 +85,20 @@ LEARNED = dataclasses.replace(DIFFUSION, variance="learned")
 
 
 @pytest.mark.parametrize(
-    ("named", "diffusion", "variance"),
+    ("named", "groups", "variance"),
     [
-        ([], dataclasses.replace(SMALL, num_timesteps=7), DIFFUSION.variance),
-        (["diffusion.variance"], SMALL, "fixed_small"),
-        (["diffusion"], SMALL, "fixed_small"),
-        (["experiment"], SMALL, "fixed_small"),
-        (["diffusion"], dataclasses.replace(SMALL, min_snr_gamma=5.0), "fixed_small"),
-        (["sampler.steps", "model.weights"], COSINE, DIFFUSION.variance),
+        ([], {"diffusion": dataclasses.replace(SMALL, num_timesteps=7)}, DIFFUSION.variance),
+        (["diffusion.variance"], {"diffusion": SMALL}, "fixed_small"),
+        (["diffusion"], {"diffusion": SMALL}, "fixed_small"),
+        (["experiment"], {"diffusion": SMALL}, "fixed_small"),
+        (["sampler.steps", "model.weights"], {"diffusion": COSINE}, DIFFUSION.variance),
+        # Keys that change no weights may differ.
+        (["diffusion"], {"diffusion": dataclasses.replace(SMALL, min_snr_gamma=5.0)}, "fixed_small"),
+        (["model"], {"model": dataclasses.replace(MODEL, name="x", dropout=0.5, weights="m")}, DIFFUSION.variance),
     ],
 )
-def test_the_variance_is_the_files_unless_another_is_requested(named, diffusion, variance):
-    assert variance_of(named, diffusion=diffusion) == variance
-
-
-@pytest.mark.parametrize("free", [{"name": "x"}, {"dropout": 0.5}, {"weights": "m"}])
-def test_keys_that_change_no_weights_may_differ(free):
-    assert variance_of(["model"], model=dataclasses.replace(MODEL, **free)) == DIFFUSION.variance
+def test_the_variance_is_the_files_unless_another_is_requested(named, groups, variance):
+    assert variance_of(named, **groups) == variance
 
 
 @pytest.mark.parametrize(

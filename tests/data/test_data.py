@@ -13,11 +13,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from modeling.data.prepared import Prepared, ensure_prepared, prepare, prepared_folder, write_prepared
-from modeling.data.shapes import CLASSES, COLOURS, draw_shapes
-from modeling.data.sources import SOURCES, cifar10, folder
+from modeling.data.shapes import CLASSES, SHAPES, draw_shapes
+from modeling.data.sources import cifar10, folder
 from modeling.reliability.errors import ConfigError, Stopped, UserError
 
-SHAPES = group("data", "shapes", num_train=20, num_test=10, image_size=8)
+DATA = group("data", "shapes", num_train=20, num_test=10, image_size=8)
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +55,6 @@ def test_prepared_round_trip(tmp_path):
     assert {*meta["sha256"]} == {"train", "train_labels", "test", "test_labels"}
 
 
-def test_a_prepared_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        write(tmp_path / "file" / "x")
-
-
 @pytest.mark.parametrize(
     "content", [None, "{}", "[]", "3", "{", '{"source": 3, "classes": [], "shape": [], "sha256": {}}']
 )
@@ -74,40 +68,38 @@ def test_a_damaged_data_json_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["train.npy", "train_labels.npy"])
-def test_a_changed_bit_is_found_before_anything_is_trained_on_it(tmp_path, name):
-    found = write(tmp_path / "x")
-    content = bytearray((tmp_path / "x" / name).read_bytes())
+def test_a_changed_bit_or_a_missing_array_is_found_before_anything_is_trained_on_it(tmp_path, name):
+    found, path = write(tmp_path / "x"), tmp_path / "x" / name
+    content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    (tmp_path / "x" / name).write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} is damaged \(its SHA-256 is not the one in data.json\): run stage="):
         _ = found.train
-
-
-def test_a_missing_array_is_named(tmp_path):
-    found = write(tmp_path / "x")
-    (tmp_path / "x/test.npy").unlink()
-    with pytest.raises(UserError, match=r"test.npy is damaged \(.*No such file.*\): run stage=prepare again"):
-        _ = found.test
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{name} is damaged \(.*No such file.*\): run stage=prepare again"):
+        _ = found.train
 
 
 def test_data_is_prepared_once_unless_it_is_to_be_made_again(root, caplog):
     caplog.set_level("INFO")
     config = SimpleNamespace(out_dir=None)
-    assert ensure_prepared(config, SHAPES).folder == prepared_folder(config, SHAPES)
+    assert ensure_prepared(config, DATA).folder == prepared_folder(config, DATA)
     assert "data: shapes, 20 + 10 images of 8 x 8 x 3, in" in caplog.text
     caplog.clear()
-    prepare(config, SHAPES, again=False)
-    assert ensure_prepared(config, SHAPES).source == vars(SHAPES) and not caplog.text
-    prepare(config, SHAPES, again=True)
+    prepare(config, DATA, again=False)
+    found = ensure_prepared(config, DATA)
+    assert found.source == vars(DATA) and found.classes == [*CLASSES] and not caplog.text
+    assert not torch.equal(found.train.images[:10], found.test.images), "the splits differ"
+    prepare(config, DATA, again=True)
     assert "data: shapes" in caplog.text
 
 
 def test_an_out_dir_must_hold_the_data_that_is_configured(tmp_path):
     config = SimpleNamespace(out_dir=str(tmp_path))
     with pytest.raises(UserError, match="run stage=prepare first"):
-        ensure_prepared(config, SHAPES)
-    prepare(config, SHAPES, again=True)
-    assert ensure_prepared(config, SHAPES).folder == tmp_path / "data/shapes"
+        ensure_prepared(config, DATA)
+    prepare(config, DATA, again=True)
+    assert ensure_prepared(config, DATA).folder == tmp_path / "data/shapes"
     with pytest.raises(ConfigError, match=r"data.seed=1: .* was made with seed=0: run stage=prepare again"):
         ensure_prepared(config, group("data", "shapes", num_train=20, num_test=10, image_size=8, seed=1))
 
@@ -135,14 +127,9 @@ def test_every_class_has_its_colour_and_its_shape():
     images, _ = draw_shapes(10, 32, 0, 0)
     for image, name in zip(images, CLASSES, strict=True):
         brightest = image[tuple(np.argwhere(image.sum(2) == image.sum(2).max())[0])] / 255
-        ratio = brightest / np.array(COLOURS[name])
+        ratio = brightest / np.array(SHAPES[name][0])
         assert np.allclose(ratio, ratio[0], atol=0.03) and 0.84 < ratio[0] < 1.01, name
         assert 0.03 < (image.max(2) > 100).mean() < 0.5, name
-
-
-def test_shapes_source():
-    (train, _), (test, _), classes = SOURCES["shapes"](30, 10, 16, 0)
-    assert train.shape == (30, 16, 16, 3) and test.shape == (10, 16, 16, 3) and len(classes) == 10
 
 
 # A user's folder

@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 
 import torch
 
@@ -33,10 +34,7 @@ def _child(arguments, cwd, environment, log, stacks, limits):
     descriptor = os.open(stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # unbuffered: signals may come within signals
 
     def write_stack(number, frame):
-        names = []
-        while frame is not None:
-            names.append(frame.f_code.co_name)
-            frame = frame.f_back
+        names = [each.f_code.co_name for each, _ in traceback.walk_stack(frame)]
         os.write(descriptor, (" ".join(names) + "\n").encode())
 
     signal.signal(signal.SIGUSR1, write_stack)
@@ -60,16 +58,12 @@ def end_all():
     """Kills every process that still runs."""
     while _started:
         process = _started.pop()
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
 
 
 class Launched:
-    """A process of main.py: `arguments` as typed, changes of the environment, limits by their names in `resource`.
-
-    Its log and its stacks lie in `folder`.
-    """
+    """A process of main.py with its log and its stacks in `folder`; limits by their names in `resource`."""
 
     def __init__(self, folder, arguments, cwd, environment, limits=None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +71,8 @@ class Launched:
         self.log.write_text("")
         self.stacks.unlink(missing_ok=True)
         settings = {"DVC_ROOT": str(folder / "root"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | environment
-        arguments = (list(arguments), str(cwd), settings, str(self.log), str(self.stacks), limits or {})
-        self.process = CONTEXT.Process(target=_child, args=arguments, daemon=True)  # ends with the tests
+        given = (list(arguments), cwd, settings, self.log, self.stacks, limits or {})
+        self.process = CONTEXT.Process(target=_child, args=given, daemon=True)  # ends with the tests
         self.process.start()
         _started.append(self.process)
         self.wait_for(lambda: self.stacks.exists() and self.stacks.stat().st_size)

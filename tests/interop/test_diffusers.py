@@ -19,6 +19,7 @@ from modeling.settings import GROUPS, DiffusionConfig, parse_group
 SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_resolutions": [8], "norm_groups": 4}
 MODEL = group("model", "tiny", **SMALL)
 LINEAR = group("diffusion", "linear", num_timesteps=10)
+COSINE = group("diffusion", "cosine", num_timesteps=10, prediction_type="v_prediction", variance="learned")
 OURS = {"prediction_type": "epsilon", "variance": "fixed_small", "min_snr_gamma": None}
 
 
@@ -41,10 +42,7 @@ def schedules(monkeypatch):
     ("diffusion", "schedule"),
     [
         (LINEAR, "linear"),
-        (
-            group("diffusion", "cosine", num_timesteps=10, prediction_type="v_prediction", variance="learned"),
-            "cosine",
-        ),
+        (COSINE, "cosine"),
         (group("diffusion", "sigmoid", num_timesteps=10), "tabulated"),
         (DiffusionConfig(schedule="scaled_linear", num_timesteps=10, **OURS), "tabulated"),
         (DiffusionConfig(schedule="halves", num_timesteps=10, **OURS), "tabulated"),
@@ -133,8 +131,9 @@ def test_a_hostile_folder_is_refused(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'hacked'}",)
 
-    for content in ("[]", "3", "{"):
-        (tmp_path / "config.json").write_text(content)
+    for content in (None, "[]", "3", "{"):
+        if content:
+            (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match="cannot be read"):
             load_trained(tmp_path)
     weights = saved(tmp_path) / "unet/diffusion_pytorch_model.safetensors"

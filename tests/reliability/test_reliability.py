@@ -10,46 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.reliability.errors import ConfigError, Stopped, UserError, explain, require, short
-from modeling.reliability.files import (
-    drop_partial,
-    locked,
-    make_writable,
-    replacing,
-    replacing_folder,
-    state_root,
-    write_atomic,
-)
-from modeling.reliability.signals import (
-    poll,
-    resume_command,
-    stop_requested,
-    stop_requests,
-    stop_workers,
-    stopped_at_once,
-)
+from modeling.reliability import files, signals
+from modeling.reliability.errors import Stopped, UserError, explain, short
 
 
 def test_errors_of_the_machine_have_a_line_and_bugs_have_none():
     full = OSError(errno.ENOSPC, "No space left on device", "x.pt")
-    line = "x.pt: No space left on device; run the same command again once that is mended"
-    assert explain(full, "train") == line
+    assert explain(full, "train") == "x.pt: No space left on device; run the same command again once that is mended"
     assert explain(OSError(errno.ENOENT, "absent"), "train") is None and explain(KeyError("x"), "train") is None
     assert "lower sampler.batch_size" in explain(MemoryError(), "sample")
-    assert "torch.compile failed (no C++" in explain(
-        torch._dynamo.exc.TorchDynamoException("no C++\ncompiler"), "train"
-    )
-
-
-def test_short():
+    compiler = torch._dynamo.exc.TorchDynamoException("no C++\ncompiler")
+    assert "torch.compile failed (no C++ compiler)" in explain(compiler, "train")
     assert short(ValueError("a\n  b")) == "a b" and len(short(ValueError("x" * 999))) == 160
     assert short(MemoryError()) == "MemoryError"
-
-
-def test_require():
-    require(True, "a.b", 1, "must be 2")
-    with pytest.raises(ConfigError, match=r"a\.b=1: must be 2"):
-        require(False, "a.b", 1, "must be 2")
 
 
 # Signals
@@ -57,52 +30,52 @@ def test_require():
 
 def test_the_first_signal_is_a_request_and_the_second_would_end_the_process():
     before = signal.getsignal(signal.SIGINT)
-    with stop_requests():
-        assert not stop_requested()
+    with signals.stop_requests():
+        assert not signals.stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop_requested()
+        assert signals.stop_requested()
         with pytest.raises(Stopped):
-            poll()
+            signals.poll()
         assert {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
-    assert not stop_requested() and signal.getsignal(signal.SIGINT) is before
+    assert not signals.stop_requested() and signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_worker_of_torchrun_survives_the_second_signal(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with stop_requests():
+    with signals.stop_requests():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped), stopped_at_once():
+        with pytest.raises(Stopped), signals.stopped_at_once():
             pytest.fail("it has begun")
 
 
 def test_a_long_call_is_stopped_at_once():
-    with stop_requests(), pytest.raises(Stopped), stopped_at_once():
+    with signals.stop_requests(), pytest.raises(Stopped), signals.stopped_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
 
 def test_a_request_to_the_launcher_or_another_worker_counts(tmp_path, monkeypatch):
-    stop_workers()
+    signals.stop_workers()
     monkeypatch.setenv("MODELING_JOB", str(tmp_path))
-    poll()
-    stop_workers()
+    signals.poll()
+    signals.stop_workers()
     with pytest.raises(Stopped):
-        poll()
+        signals.poll()
 
 
 def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):
     for name in ("DVC_STAGE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    assert resume_command(["main.py", "data.path=a b"]) == "python main.py 'data.path=a b'"
+    assert signals.resume_command(["main.py", "data.path=a b"]) == "python main.py 'data.path=a b'"
     never = ["main.py", "trainer.resume=never", "seed=1"]
-    assert resume_command(never) == "python main.py trainer.resume=never seed=1"  # nothing to resume yet
-    assert resume_command(never, "never") == "python main.py seed=1 trainer.resume=auto"
+    assert signals.resume_command(never) == "python main.py trainer.resume=never seed=1"  # nothing to resume yet
+    assert signals.resume_command(never, "never") == "python main.py seed=1 trainer.resume=auto"
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    assert resume_command(never) == "the same torchrun command"
+    assert signals.resume_command(never) == "the same torchrun command"
     monkeypatch.setenv("DVC_STAGE", "train")
-    assert resume_command(never) == "the same dvc command"
-    assert resume_command(never, "never") == "the same dvc command with trainer.resume=auto"
+    assert signals.resume_command(never) == "the same dvc command"
+    assert signals.resume_command(never, "never") == "the same dvc command with trainer.resume=auto"
 
 
 # Files
@@ -110,24 +83,24 @@ def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):
 
 def test_state_root(monkeypatch):
     monkeypatch.setenv("DVC_ROOT", "/elsewhere")
-    assert state_root() == Path("/elsewhere")
+    assert files.state_root() == Path("/elsewhere")
     monkeypatch.delenv("DVC_ROOT")
-    assert (state_root() / "main.py").exists()
+    assert (files.state_root() / "main.py").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    write_atomic(tmp_path / "x", b"old")
-    with pytest.raises(UserError, match="x cannot be written: disk"), replacing(tmp_path / "x") as partial:
+    files.write_atomic(tmp_path / "x", b"old")
+    with pytest.raises(UserError, match="x cannot be written: disk"), files.replacing(tmp_path / "x") as partial:
         partial.write_bytes(b"new")
         raise OSError("disk")
-    with pytest.raises(RuntimeError, match="allocate"), replacing(tmp_path / "x"):
+    with pytest.raises(RuntimeError, match="allocate"), files.replacing(tmp_path / "x"):
         torch.empty(2**60, dtype=torch.uint8)
     assert (tmp_path / "x").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     for path in (tmp_path / "x" / "y", tmp_path):  # below a file, and in place of a folder
         with pytest.raises(UserError, match="cannot be written"):
-            write_atomic(path, b"")
+            files.write_atomic(path, b"")
     with pytest.raises(UserError, match="cannot be written"):
-        make_writable(tmp_path / "x")
+        files.make_writable(tmp_path / "x")
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
@@ -137,13 +110,13 @@ def test_a_folder_is_replaced_whole(tmp_path):
         (target / name).touch()
     with (
         pytest.raises(UserError, match="samples cannot be written: disk"),
-        replacing_folder(target, "*.png") as partial,
+        files.replacing_folder(target, "*.png") as partial,
     ):
         (partial / "3.png").touch()
         raise OSError("disk")
     assert {path.name for path in target.iterdir()} == {"1.png", "2.png", "notes.txt"}
     target.rename(tmp_path / ".samples.old")  # as a kill between the two renames leaves it
-    with replacing_folder(target, "*.png") as partial:
+    with files.replacing_folder(target, "*.png") as partial:
         assert (target / "1.png").exists()
         (partial / "3.png").touch()
     assert {path.name for path in target.iterdir()} == {"3.png", "notes.txt"} and len(list(tmp_path.iterdir())) == 1
@@ -151,9 +124,9 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
 def test_partial_files_are_dropped_by_age(tmp_path):
     (tmp_path / ".a.partial").touch()
-    drop_partial(tmp_path, ".*", older_than=60)
+    files.drop_partial(tmp_path, ".*", older_than=60)
     assert (tmp_path / ".a.partial").exists()
-    drop_partial(tmp_path, ".*")
+    files.drop_partial(tmp_path, ".*")
     assert not (tmp_path / ".a.partial").exists()
 
 
@@ -161,19 +134,16 @@ def test_a_lock_is_waited_for_or_refused(tmp_path):
     entered = threading.Event()
 
     def wait():
-        with locked(tmp_path / "lock", wait=True):
+        with files.locked(tmp_path / "lock", wait=True):
             entered.set()
 
-    with locked(tmp_path / "lock", wait=True):
-        with (
-            pytest.raises(UserError, match=f"process {os.getpid()} on .* is working in"),
-            locked(tmp_path / "lock", False),
-        ):
-            pass
+    with files.locked(tmp_path / "lock", wait=True):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is working in"):
+            files.locked(tmp_path / "lock", wait=False).__enter__()
         other = threading.Thread(target=wait)
         other.start()
         assert not entered.wait(0.3)
     assert entered.wait(5)
     other.join()
-    with pytest.raises(UserError, match="lock cannot be written"), locked(tmp_path / "lock" / "lock", wait=True):
-        pass
+    with pytest.raises(UserError, match="lock cannot be written"):
+        files.locked(tmp_path / "lock" / "lock", wait=True).__enter__()
