@@ -13,13 +13,11 @@ from modeling.diffusion.unet import UNet
 def test_q_sample_moments(schedule, generator):
     """Mean sqrt(alphas_cumprod) x_0 and variance 1 - alphas_cumprod: exact, as a linear map of x_0 and noise."""
     model = optimal_model(schedule, lambda x, _: x)
-    x_0 = torch.randn(schedule.num_timesteps, 1, 2, 2, generator=generator, dtype=torch.float64)
     t = torch.arange(schedule.num_timesteps)
-    shape = (-1, 1, 1, 1)
-    mean = model.q_sample(x_0, t, torch.zeros_like(x_0))
-    torch.testing.assert_close(mean, schedule.alphas_cumprod.sqrt().reshape(shape) * x_0)
-    deviation = model.q_sample(torch.zeros_like(x_0), t, torch.ones_like(x_0))
-    torch.testing.assert_close(deviation.square(), (1 - schedule.alphas_cumprod).reshape(shape).expand_as(x_0))
+    x_0 = torch.randn(len(t), 1, 2, 2, generator=generator, dtype=torch.float64)
+    alpha_bar = schedule.alphas_cumprod.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(model.q_sample(x_0, t, 0 * x_0), alpha_bar.sqrt() * x_0)
+    torch.testing.assert_close(model.q_sample(0 * x_0, t, x_0).square(), (1 - alpha_bar) * x_0.square())
 
 
 def test_q_sample_equals_the_chain_of_single_steps(schedule, generator):
@@ -29,16 +27,15 @@ def test_q_sample_equals_the_chain_of_single_steps(schedule, generator):
     x, variance = x_0, torch.zeros((), dtype=torch.float64)
     for beta in schedule.betas:
         x, variance = (1 - beta).sqrt() * x, (1 - beta) * variance + beta
-    last, zero = torch.tensor([schedule.num_timesteps - 1]), torch.zeros_like(x_0)
-    torch.testing.assert_close(model.q_sample(x_0, last, zero), x)
-    torch.testing.assert_close(model.q_sample(zero, last, zero + 1), zero + variance.sqrt())
+    last = torch.tensor([schedule.num_timesteps - 1])
+    torch.testing.assert_close(model.q_sample(x_0, last, 0 * x_0), x)
+    torch.testing.assert_close(model.q_sample(0 * x_0, last, x_0), variance.sqrt() * x_0)
 
 
 def test_q_posterior_uses_the_time_of_each_sample(schedule):
     model = optimal_model(schedule, lambda x, _: x)
-    x_0, x_t = torch.ones(2, 1, 1, 1, dtype=torch.float64), 3 * torch.ones(2, 1, 1, 1, dtype=torch.float64)
-    t = torch.tensor([0, schedule.num_timesteps - 1])
-    mean, variance = model.q_posterior(x_0, x_t, t)
+    x_0, t = torch.ones(2, 1, 1, 1, dtype=torch.float64), torch.tensor([0, schedule.num_timesteps - 1])
+    mean, variance = model.q_posterior(x_0, 3 * x_0, t)
     expected = schedule.posterior_mean_coef1[t] + 3 * schedule.posterior_mean_coef2[t]
     torch.testing.assert_close(mean.flatten(), expected)
     torch.testing.assert_close(variance.flatten(), schedule.posterior_variance[t])
@@ -49,17 +46,11 @@ def test_predict_inverts_q_sample(schedule, generator):
     x_0 = torch.rand(schedule.num_timesteps, 1, 2, 2, generator=generator, dtype=torch.float64) * 2 - 1
     noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
     t = torch.arange(schedule.num_timesteps)
-
-    class Constant(nn.Module):
-        def forward(self, x_t, t):
-            return noise
-
-    model = DiffusionModel(Constant(), schedule)
+    model = DiffusionModel(lambda x_t, t: noise, schedule)
     x_t = model.q_sample(x_0, t, noise)
     prediction = model.predict(x_t, t, clip_denoised=False)
     torch.testing.assert_close(prediction.x_0, x_0, rtol=0, atol=1e-8)
     torch.testing.assert_close(prediction.eps, noise)
-
     clipped = model.predict(x_t + 5, t, clip_denoised=True)
     assert clipped.x_0.abs().max() <= 1
     torch.testing.assert_close(model.q_sample(clipped.x_0, t, clipped.eps), x_t + 5)
@@ -67,10 +58,8 @@ def test_predict_inverts_q_sample(schedule, generator):
 
 def test_first_loss_is_the_mean_square_of_the_noise(generator):
     """A zero-initialised output predicts 0: the loss of every sample is exactly mean(noise^2)."""
-    model = DiffusionModel(
-        UNet(8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,)),
-        NoiseSchedule(linear_betas(10, 1e-4, 0.02)),
-    )
+    network = UNet(8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
+    model = DiffusionModel(network, NoiseSchedule(linear_betas(10, 1e-4, 0.02)))
     noise = torch.randn(3, 3, 8, 8, generator=generator)
     loss = model(torch.zeros(3, 3, 8, 8), torch.tensor([0, 5, 9]), noise)
     assert loss.shape == (3,)
@@ -110,15 +99,10 @@ def test_hybrid_loss_trains_the_variance_and_only_it(generator):
     """Its gradient with respect to the mean's channels is that of the simple loss; the rest is the bound's."""
     schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
     out = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
-
-    class Constant(nn.Module):
-        def forward(self, x_t, t):
-            return out
-
     x_0 = torch.randint(0, 256, (20, 1, 2, 2), generator=generator).double() / 127.5 - 1
     noise = torch.randn(20, 1, 2, 2, generator=generator, dtype=torch.float64)
     t = torch.arange(20)
-    learned = DiffusionModel(Constant(), schedule, variance="learned")
+    learned = DiffusionModel(lambda x_t, t: out, schedule, variance="learned")
     loss = learned(x_0, t, noise)
     simple = (out[:, :1] - noise).square().flatten(1).mean(1)
     bound = learned.bound_term(x_0, t, noise, clip_denoised=False)

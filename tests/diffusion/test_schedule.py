@@ -60,7 +60,12 @@ def test_constants_are_not_saved_and_move_with_the_module(schedule):
 
 
 NOTHING_LEFT = "nothing of the image or no noise is left"
-BAD = [([], "betas must be"), ([0.1, 0.0], "betas must be"), ([0.5, 1.0], "betas must be"), ([math.nan], "betas must be")]
+BAD = [
+    ([], "betas must be"),
+    ([0.1, 0.0], "betas must be"),
+    ([0.5, 1.0], "betas must be"),
+    ([math.nan], "betas must be"),
+]
 BAD += [(linear_betas(1000, 0.1, 0.99).tolist(), NOTHING_LEFT), ([1e-17], NOTHING_LEFT)]
 
 

@@ -14,7 +14,7 @@ def output_for(x_0, x_t, alpha_bar, prediction_type):
 
 
 def optimal_model(schedule, denoise, variance="fixed_large", prediction_type="epsilon", fraction=1.0):
-    """The optimal prediction for data with E[x_0 | x_t] = denoise(x_t, alpha_bar); a learned variance has `fraction`."""
+    """The optimum for data with E[x_0 | x_t] = denoise(x_t, alpha_bar); a learned variance is at `fraction`."""
 
     def network(x_t, t):
         alpha_bar = schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)

@@ -63,9 +63,7 @@ class Recorder:
         self.grids[step] = images
 
 
-def make(
-    folder, recorder=None, optimizer=None, model=MODEL, diffusion=DIFFUSION, plain=False, compute=CPU, **changes
-):
+def make(folder, recorder=None, optimizer=None, model=MODEL, diffusion=DIFFUSION, plain=False, compute=CPU, **changes):
     """A trainer on ten random images of 8 x 8; `plain`: of one colour each, which are quick to learn."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (10, 3, 8, 8), generator=generator, dtype=torch.uint8)
