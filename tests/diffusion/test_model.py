@@ -1,8 +1,8 @@
-"""The forward process, the prediction and the loss."""
+"""The forward process, the prediction with its guidance, and the loss."""
 
 import pytest
 import torch
-from helpers.closed_forms import optimal_model
+from helpers.closed_forms import optimal_model, output_for, squashed
 from torch import nn
 
 from modeling.diffusion.model import PREDICTION_TYPES, DiffusionModel
@@ -18,18 +18,6 @@ def test_q_sample_moments(schedule, generator):
     alpha_bar = schedule.alphas_cumprod.reshape(-1, 1, 1, 1)
     torch.testing.assert_close(model.q_sample(x_0, t, 0 * x_0), alpha_bar.sqrt() * x_0)
     torch.testing.assert_close(model.q_sample(0 * x_0, t, x_0).square(), (1 - alpha_bar) * x_0.square())
-
-
-def test_q_sample_equals_the_chain_of_single_steps(schedule, generator):
-    """The signal that survives the product of single steps, and its variance by recursion."""
-    model = optimal_model(schedule, lambda x, _: x)
-    x_0 = torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64)
-    x, variance = x_0, torch.zeros((), dtype=torch.float64)
-    for beta in schedule.betas:
-        x, variance = (1 - beta).sqrt() * x, (1 - beta) * variance + beta
-    last = torch.tensor([schedule.num_timesteps - 1])
-    torch.testing.assert_close(model.q_sample(x_0, last, 0 * x_0), x)
-    torch.testing.assert_close(model.q_sample(0 * x_0, last, x_0), variance.sqrt() * x_0)
 
 
 def test_q_posterior_uses_the_time_of_each_sample(schedule):
@@ -69,11 +57,10 @@ def test_first_loss_is_the_mean_square_of_the_noise(generator):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_prediction_types_say_the_same(schedule, generator, prediction_type):
     """For the same belief about x_0 every type gives the same x_0 and eps, and the same held-out loss."""
-    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, prediction_type=prediction_type)
-    reference = optimal_model(schedule, lambda x, a: torch.tanh(x) * a)
-    n = schedule.num_timesteps
-    x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
-    t = torch.arange(n)
+    model = optimal_model(schedule, squashed, prediction_type=prediction_type)
+    reference = optimal_model(schedule, squashed)
+    t = torch.arange(schedule.num_timesteps)
+    x_0, noise = torch.randn(2, len(t), 1, 2, 2, generator=generator, dtype=torch.float64)
     for clip in (False, True):
         got, expected = (m.predict(x_0, t, clip) for m in (model, reference))
         torch.testing.assert_close(got.x_0, expected.x_0, rtol=1e-6, atol=1e-8)
@@ -87,7 +74,7 @@ def test_losses_of_the_prediction_types_differ_by_powers_of_the_snr(schedule, ge
     n, snr, gamma = schedule.num_timesteps, schedule.snr, 5.0
     x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
     t = torch.arange(n)
-    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, prediction_type=prediction_type)
+    model = optimal_model(schedule, squashed, prediction_type=prediction_type)
     eps_loss = model.simple_loss(x_0, t, noise)
     factor = {"epsilon": torch.ones(n), "sample": 1 / snr, "v_prediction": 1 + 1 / snr}[prediction_type]
     torch.testing.assert_close(model(x_0, t, noise), eps_loss * factor, rtol=1e-6, atol=1e-10)
@@ -117,3 +104,27 @@ def test_hybrid_loss_trains_the_variance_and_only_it(generator):
 def test_unknown_options_are_refused(option):
     with pytest.raises(ValueError, match=f"{option} 'no' is none of"):
         DiffusionModel(nn.Identity(), NoiseSchedule(torch.tensor([0.1])), **{option: "no"})
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_extrapolates_the_prediction(prediction_type, scale, variance, generator):
+    """x_0 moves on the line from the unconditional to the conditional prediction; eps is the noise that fits."""
+    schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
+
+    def network(x, t, y):
+        """Says that x_0 is the value of the class; without a label, 0."""
+        x_0 = torch.tensor([0.2, -0.1, 0.0], dtype=x.dtype)[y].reshape(-1, 1, 1, 1).expand_as(x)
+        out = output_for(x_0, x, schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1), prediction_type)
+        return torch.cat([out, y.reshape(-1, 1, 1, 1).expand_as(x) - 1.0], 1) if variance == "learned" else out
+
+    network.num_classes = 2
+    model = DiffusionModel(network, schedule, prediction_type, variance)
+    y, t = torch.tensor([1, 0, 0]), torch.tensor([0, 7, 19])
+    x = torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
+    x_0, eps, fraction = model.predict(x, t, False, y, scale)
+    expected = (scale * torch.tensor([-0.1, 0.2, 0.2], dtype=torch.float64)).reshape(3, 1, 1, 1).expand_as(x)
+    torch.testing.assert_close(x_0, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
+    assert variance != "learned" or torch.equal(fraction[:, 0, 0, 0], y / 2.0)  # of the conditional prediction

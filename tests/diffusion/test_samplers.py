@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers.closed_forms import optimal_model, sample
+from helpers.closed_forms import optimal_model, sample, squashed
 from helpers.configs import group
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,11 +22,6 @@ CHOICES = [(name, own_keys(group("sampler", name))) for name in SAMPLERS] + [("d
 @pytest.fixture
 def x_T(generator):
     return torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
-
-
-def squashed(x, alpha_bar):
-    """A denoiser that is not linear."""
-    return torch.tanh(x) * alpha_bar
 
 
 @given(st.integers(1, 2000), st.data())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, gather, linear_betas, sigmoid_betas
+from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
 
 
 def test_linear_betas_of_the_paper():
@@ -33,11 +33,12 @@ def test_sigmoid_schedule_is_the_rescaled_sigmoid(tau):
 
 
 def test_variance_recursion(schedule):
+    """Single steps add up: the signal that survives them all, and the variance that they leave."""
     assert schedule.betas.dtype == torch.float64 and bool(((schedule.betas > 0) & (schedule.betas < 1)).all())
-    variance = 0.0
+    signal, variance = 1.0, 0.0
     for beta, alpha_bar in zip(schedule.betas.tolist(), schedule.alphas_cumprod.tolist(), strict=True):
-        variance = (1 - beta) * variance + beta
-        assert variance == pytest.approx(1 - alpha_bar, rel=1e-10)
+        signal, variance = (1 - beta) ** 0.5 * signal, (1 - beta) * variance + beta
+        assert variance == pytest.approx(1 - alpha_bar, rel=1e-10) and signal**2 == pytest.approx(alpha_bar, rel=1e-10)
 
 
 def test_posterior_is_bayes_rule_for_two_gaussians(schedule):
@@ -73,9 +74,3 @@ BAD += [(linear_betas(1000, 0.1, 0.99).tolist(), NOTHING_LEFT), ([1e-17], NOTHIN
 def test_bad_betas_are_refused(betas, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
-
-
-def test_gather_is_per_sample():
-    picked = gather(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([2, 0]), torch.zeros(2, 3, 4, 4))
-    assert picked.shape == (2, 1, 1, 1) and picked.dtype == torch.float32
-    assert picked.flatten().tolist() == [3.0, 1.0]

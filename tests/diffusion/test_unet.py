@@ -22,11 +22,6 @@ def test_the_papers_network_has_its_parameter_count():
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
 
 
-def test_zero_output_at_initialisation(generator):
-    out = UNet(8, **TINY)(torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([0, 999]))
-    assert torch.equal(out, torch.zeros(2, 3, 8, 8))
-
-
 def test_timestep_embedding_closed_form():
     first, last = timestep_embedding(torch.tensor([0, 7]), 8)
     assert first.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -53,7 +48,7 @@ def test_any_size_and_channel_count(channels, size):
 def test_gradients_reach_every_parameter(generator):
     net = perturbed(attention_resolutions=(8, 4)).train()
     net(torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([1, 2])).square().mean().backward()
-    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_heads": 2, "num_classes": 5, "out_channels": 6}])

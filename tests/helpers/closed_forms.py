@@ -24,6 +24,11 @@ def optimal_model(schedule, denoise, variance="fixed_large", prediction_type="ep
     return DiffusionModel(network, schedule, prediction_type, variance)
 
 
+def squashed(x_t, alpha_bar):
+    """A denoiser that is not linear."""
+    return torch.tanh(x_t) * alpha_bar
+
+
 def sample(name, model, x_T, timesteps, noise_fn=None, clip_denoised=True, **options):
     """Runs a sampler of the registry on a model; without a `noise_fn`, with noise of seed 1."""
     generator = torch.Generator().manual_seed(1)
