@@ -1,4 +1,4 @@
-"""Closed-form networks, shared by the tests of the mathematics."""
+"""The environment of all tests, and their common fixtures."""
 
 import os
 import sys
@@ -11,8 +11,10 @@ if "TEST_CUDA" not in os.environ:
 
 import pytest
 import torch
+from helpers.configs import group
 
-from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas
+from modeling.build import build_schedule
+from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,14 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))  # hides no package: a GPU cannot be installed
 
 
-@pytest.fixture(params=["linear", "cosine", "short"])
+@pytest.fixture(params=SCHEDULES)
 def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    betas = {
-        "linear": linear_betas(1000, 1e-4, 0.02),
-        "cosine": cosine_betas(100),
-        "short": linear_betas(7, 0.05, 0.6),
-    }
-    return NoiseSchedule(betas[request.param])
+    """Each of the registry, with the keys of its conf file."""
+    config = group("diffusion", request.param)
+    config.num_timesteps = len(getattr(config, "betas", range(config.num_timesteps)))  # a table decides by itself
+    return build_schedule(config)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
-"""The forward process, the prediction and the loss."""
+"""The forward process, the prediction with its guidance, and the loss."""
 
 import pytest
 import torch
-from helpers.closed_forms import optimal_model
+from helpers.closed_forms import optimal_model, output_for, squashed
 from torch import nn
 
 from modeling.diffusion.model import PREDICTION_TYPES, DiffusionModel
@@ -13,32 +13,17 @@ from modeling.diffusion.unet import UNet
 def test_q_sample_moments(schedule, generator):
     """Mean sqrt(alphas_cumprod) x_0 and variance 1 - alphas_cumprod: exact, as a linear map of x_0 and noise."""
     model = optimal_model(schedule, lambda x, _: x)
-    x_0 = torch.randn(schedule.num_timesteps, 1, 2, 2, generator=generator, dtype=torch.float64)
     t = torch.arange(schedule.num_timesteps)
-    shape = (-1, 1, 1, 1)
-    mean = model.q_sample(x_0, t, torch.zeros_like(x_0))
-    torch.testing.assert_close(mean, schedule.alphas_cumprod.sqrt().reshape(shape) * x_0)
-    deviation = model.q_sample(torch.zeros_like(x_0), t, torch.ones_like(x_0))
-    torch.testing.assert_close(deviation.square(), (1 - schedule.alphas_cumprod).reshape(shape).expand_as(x_0))
-
-
-def test_q_sample_equals_the_chain_of_single_steps(schedule, generator):
-    """The signal that survives the product of single steps, and its variance by recursion."""
-    model = optimal_model(schedule, lambda x, _: x)
-    x_0 = torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64)
-    x, variance = x_0, torch.zeros((), dtype=torch.float64)
-    for beta in schedule.betas:
-        x, variance = (1 - beta).sqrt() * x, (1 - beta) * variance + beta
-    last, zero = torch.tensor([schedule.num_timesteps - 1]), torch.zeros_like(x_0)
-    torch.testing.assert_close(model.q_sample(x_0, last, zero), x)
-    torch.testing.assert_close(model.q_sample(zero, last, zero + 1), zero + variance.sqrt())
+    x_0 = torch.randn(len(t), 1, 2, 2, generator=generator, dtype=torch.float64)
+    alpha_bar = schedule.alphas_cumprod.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(model.q_sample(x_0, t, 0 * x_0), alpha_bar.sqrt() * x_0)
+    torch.testing.assert_close(model.q_sample(0 * x_0, t, x_0).square(), (1 - alpha_bar) * x_0.square())
 
 
 def test_q_posterior_uses_the_time_of_each_sample(schedule):
     model = optimal_model(schedule, lambda x, _: x)
-    x_0, x_t = torch.ones(2, 1, 1, 1, dtype=torch.float64), 3 * torch.ones(2, 1, 1, 1, dtype=torch.float64)
-    t = torch.tensor([0, schedule.num_timesteps - 1])
-    mean, variance = model.q_posterior(x_0, x_t, t)
+    x_0, t = torch.ones(2, 1, 1, 1, dtype=torch.float64), torch.tensor([0, schedule.num_timesteps - 1])
+    mean, variance = model.q_posterior(x_0, 3 * x_0, t)
     expected = schedule.posterior_mean_coef1[t] + 3 * schedule.posterior_mean_coef2[t]
     torch.testing.assert_close(mean.flatten(), expected)
     torch.testing.assert_close(variance.flatten(), schedule.posterior_variance[t])
@@ -49,17 +34,11 @@ def test_predict_inverts_q_sample(schedule, generator):
     x_0 = torch.rand(schedule.num_timesteps, 1, 2, 2, generator=generator, dtype=torch.float64) * 2 - 1
     noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
     t = torch.arange(schedule.num_timesteps)
-
-    class Constant(nn.Module):
-        def forward(self, x_t, t):
-            return noise
-
-    model = DiffusionModel(Constant(), schedule)
+    model = DiffusionModel(lambda x_t, t: noise, schedule)
     x_t = model.q_sample(x_0, t, noise)
     prediction = model.predict(x_t, t, clip_denoised=False)
     torch.testing.assert_close(prediction.x_0, x_0, rtol=0, atol=1e-8)
     torch.testing.assert_close(prediction.eps, noise)
-
     clipped = model.predict(x_t + 5, t, clip_denoised=True)
     assert clipped.x_0.abs().max() <= 1
     torch.testing.assert_close(model.q_sample(clipped.x_0, t, clipped.eps), x_t + 5)
@@ -67,10 +46,8 @@ def test_predict_inverts_q_sample(schedule, generator):
 
 def test_first_loss_is_the_mean_square_of_the_noise(generator):
     """A zero-initialised output predicts 0: the loss of every sample is exactly mean(noise^2)."""
-    model = DiffusionModel(
-        UNet(8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,)),
-        NoiseSchedule(linear_betas(10, 1e-4, 0.02)),
-    )
+    network = UNet(8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
+    model = DiffusionModel(network, NoiseSchedule(linear_betas(10, 1e-4, 0.02)))
     noise = torch.randn(3, 3, 8, 8, generator=generator)
     loss = model(torch.zeros(3, 3, 8, 8), torch.tensor([0, 5, 9]), noise)
     assert loss.shape == (3,)
@@ -80,11 +57,10 @@ def test_first_loss_is_the_mean_square_of_the_noise(generator):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_prediction_types_say_the_same(schedule, generator, prediction_type):
     """For the same belief about x_0 every type gives the same x_0 and eps, and the same held-out loss."""
-    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, prediction_type=prediction_type)
-    reference = optimal_model(schedule, lambda x, a: torch.tanh(x) * a)
-    n = schedule.num_timesteps
-    x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
-    t = torch.arange(n)
+    model = optimal_model(schedule, squashed, prediction_type=prediction_type)
+    reference = optimal_model(schedule, squashed)
+    t = torch.arange(schedule.num_timesteps)
+    x_0, noise = torch.randn(2, len(t), 1, 2, 2, generator=generator, dtype=torch.float64)
     for clip in (False, True):
         got, expected = (m.predict(x_0, t, clip) for m in (model, reference))
         torch.testing.assert_close(got.x_0, expected.x_0, rtol=1e-6, atol=1e-8)
@@ -98,7 +74,7 @@ def test_losses_of_the_prediction_types_differ_by_powers_of_the_snr(schedule, ge
     n, snr, gamma = schedule.num_timesteps, schedule.snr, 5.0
     x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
     t = torch.arange(n)
-    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, prediction_type=prediction_type)
+    model = optimal_model(schedule, squashed, prediction_type=prediction_type)
     eps_loss = model.simple_loss(x_0, t, noise)
     factor = {"epsilon": torch.ones(n), "sample": 1 / snr, "v_prediction": 1 + 1 / snr}[prediction_type]
     torch.testing.assert_close(model(x_0, t, noise), eps_loss * factor, rtol=1e-6, atol=1e-10)
@@ -110,15 +86,10 @@ def test_hybrid_loss_trains_the_variance_and_only_it(generator):
     """Its gradient with respect to the mean's channels is that of the simple loss; the rest is the bound's."""
     schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
     out = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
-
-    class Constant(nn.Module):
-        def forward(self, x_t, t):
-            return out
-
     x_0 = torch.randint(0, 256, (20, 1, 2, 2), generator=generator).double() / 127.5 - 1
     noise = torch.randn(20, 1, 2, 2, generator=generator, dtype=torch.float64)
     t = torch.arange(20)
-    learned = DiffusionModel(Constant(), schedule, variance="learned")
+    learned = DiffusionModel(lambda x_t, t: out, schedule, variance="learned")
     loss = learned(x_0, t, noise)
     simple = (out[:, :1] - noise).square().flatten(1).mean(1)
     bound = learned.bound_term(x_0, t, noise, clip_denoised=False)
@@ -133,3 +104,27 @@ def test_hybrid_loss_trains_the_variance_and_only_it(generator):
 def test_unknown_options_are_refused(option):
     with pytest.raises(ValueError, match=f"{option} 'no' is none of"):
         DiffusionModel(nn.Identity(), NoiseSchedule(torch.tensor([0.1])), **{option: "no"})
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_extrapolates_the_prediction(prediction_type, scale, variance, generator):
+    """x_0 moves on the line from the unconditional to the conditional prediction; eps is the noise that fits."""
+    schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
+
+    def network(x, t, y):
+        """Says that x_0 is the value of the class; without a label, 0."""
+        x_0 = torch.tensor([0.2, -0.1, 0.0], dtype=x.dtype)[y].reshape(-1, 1, 1, 1).expand_as(x)
+        out = output_for(x_0, x, schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1), prediction_type)
+        return torch.cat([out, y.reshape(-1, 1, 1, 1).expand_as(x) - 1.0], 1) if variance == "learned" else out
+
+    network.num_classes = 2
+    model = DiffusionModel(network, schedule, prediction_type, variance)
+    y, t = torch.tensor([1, 0, 0]), torch.tensor([0, 7, 19])
+    x = torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
+    x_0, eps, fraction = model.predict(x, t, False, y, scale)
+    expected = (scale * torch.tensor([-0.1, 0.2, 0.2], dtype=torch.float64)).reshape(3, 1, 1, 1).expand_as(x)
+    torch.testing.assert_close(x_0, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
+    assert variance != "learned" or torch.equal(fraction[:, 0, 0, 0], y / 2.0)  # of the conditional prediction

@@ -1,30 +1,32 @@
 """Equality with diffusers, given the same noise and the same network; where the two differ on purpose, who is right."""
 
+import re
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from helpers.closed_forms import sample
-from torch import nn
 
-from modeling.diffusion.model import PREDICTION_TYPES, DiffusionModel
+from modeling.diffusion.model import PREDICTION_TYPES, VARIANCES, DiffusionModel
 from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
 from modeling.diffusion.unet import UNet
 from modeling.interop.weight_names import from_diffusers, to_diffusers
 
-SCHEDULES = {"linear": linear_betas(1000, 1e-4, 0.02), "squaredcos_cap_v2": cosine_betas(1000)}
+LINEAR = linear_betas(1000, 1e-4, 0.02)
+SCHEDULES = {"linear": LINEAR, "squaredcos_cap_v2": cosine_betas(1000)}
 
 
-class Mixed(nn.Module):
-    """A network that looks at both of its inputs; with `channels` as many of them as a learned variance needs."""
+def mixed(x, t):
+    """A network that looks at both of its inputs."""
+    return torch.tanh(x) * (1 + wave(x, t)) / 2
 
-    def __init__(self, channels):
-        super().__init__()
-        self.channels = channels
 
-    def forward(self, x, t):
-        wave = torch.sin(t.to(x.dtype) / 100).reshape(-1, 1, 1, 1)
-        out = torch.tanh(x) * (1 + wave) / 2
-        return out if self.channels == 1 else torch.cat([out, torch.tanh(x + wave)], dim=1)
+def mixed_and_variance(x, t):
+    return torch.cat([mixed(x, t), torch.tanh(x + wave(x, t))], dim=1)
+
+
+def wave(x, t):
+    return torch.sin(t.to(x.dtype) / 100).reshape(-1, 1, 1, 1)
 
 
 def deviation(ours, theirs):
@@ -43,8 +45,9 @@ def equal(record_deviation):
     return check
 
 
-def run(scheduler, network, x, steps, draws, **arguments):
-    """The library's sampling loop."""
+def run(scheduler, network, x, steps, **arguments):
+    """The library's sampling loop, with the noise of `noise_like(x)`."""
+    draws = torch.Generator().manual_seed(3)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, torch.full((len(x),), int(t))), t, x, generator=draws, **arguments).prev_sample
@@ -75,19 +78,15 @@ def test_the_librarys_sigmoid_is_another_schedule():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
+@pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("steps", [20, 1000])
 def test_ddpm(name, variance, prediction_type, steps, x_T, equal):
-    network = Mixed(2 if variance == "learned" else 1)
+    network, kind = (mixed_and_variance, "learned_range") if variance == "learned" else (mixed, variance)
     model = DiffusionModel(network, NoiseSchedule(SCHEDULES[name]), prediction_type, variance)
-    theirs = DDPMScheduler(
-        trained_betas=SCHEDULES[name].numpy(),
-        prediction_type=prediction_type,
-        variance_type="learned_range" if variance == "learned" else variance,
-    )
-    draws = torch.Generator().manual_seed(3)
-    expected = run(theirs, network, x_T, steps, draws)
+    betas = SCHEDULES[name].numpy()
+    theirs = DDPMScheduler(trained_betas=betas, prediction_type=prediction_type, variance_type=kind)
+    expected = run(theirs, network, x_T, steps)
     ours = sample("ddpm", model, x_T, theirs.timesteps.tolist(), noise_like(x_T))
     # Their tables are float32: alphas_cumprod near 1e-9 at the end of the cosine schedule has few digits there.
     equal(f"DDPM, {name}", ours, expected, 1e-4 if name == "linear" else 5e-3)
@@ -98,11 +97,9 @@ def test_ddpm(name, variance, prediction_type, steps, x_T, equal):
 @pytest.mark.parametrize("steps", [5, 50, 1000])
 @pytest.mark.parametrize("clip", [False, True])
 def test_ddim(prediction_type, eta, steps, clip, x_T, equal):
-    network = Mixed(1)
-    model = DiffusionModel(network, NoiseSchedule(SCHEDULES["linear"]), prediction_type)
-    theirs = DDIMScheduler(trained_betas=SCHEDULES["linear"].numpy(), prediction_type=prediction_type, clip_sample=clip)
-    draws = torch.Generator().manual_seed(3)
-    expected = run(theirs, network, x_T, steps, draws, eta=eta, use_clipped_model_output=True)
+    model = DiffusionModel(mixed, NoiseSchedule(LINEAR), prediction_type)
+    theirs = DDIMScheduler(trained_betas=LINEAR.numpy(), prediction_type=prediction_type, clip_sample=clip)
+    expected = run(theirs, mixed, x_T, steps, eta=eta, use_clipped_model_output=True)
     ours = sample("ddim", model, x_T, theirs.timesteps.tolist(), noise_like(x_T), clip, eta=eta)
     equal("DDIM", ours, expected, 1e-4)
 
@@ -112,10 +109,9 @@ def test_ddim_after_clipping_differs_from_the_librarys_default(x_T):
 
     So does the code of Dhariwal and Nichol 2021; the library's name for it is use_clipped_model_output.
     """
-    network = Mixed(1)
-    model = DiffusionModel(network, NoiseSchedule(SCHEDULES["linear"]))
-    theirs = DDIMScheduler(trained_betas=SCHEDULES["linear"].numpy(), clip_sample=True)
-    default = run(theirs, network, x_T, 10, None)
+    model = DiffusionModel(mixed, NoiseSchedule(LINEAR))
+    theirs = DDIMScheduler(trained_betas=LINEAR.numpy(), clip_sample=True)
+    default = run(theirs, mixed, x_T, 10)
     ours = sample("ddim", model, x_T, theirs.timesteps.tolist(), noise_like(x_T))
     assert deviation(ours, default) > 1e-2
     t = torch.full((4,), 900)
@@ -126,12 +122,9 @@ def test_ddim_after_clipping_differs_from_the_librarys_default(x_T):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("steps", [5, 10, 20, 50])
 def test_dpm_solver(prediction_type, steps, x_T, equal):
-    network = Mixed(1)
-    model = DiffusionModel(network, NoiseSchedule(SCHEDULES["linear"]), prediction_type)
-    theirs = DPMSolverMultistepScheduler(
-        trained_betas=SCHEDULES["linear"].numpy(), prediction_type=prediction_type, solver_order=2
-    )
-    expected = run(theirs, network, x_T, steps, None)
+    model = DiffusionModel(mixed, NoiseSchedule(LINEAR), prediction_type)
+    theirs = DPMSolverMultistepScheduler(trained_betas=LINEAR.numpy(), prediction_type=prediction_type, solver_order=2)
+    expected = run(theirs, mixed, x_T, steps)
     ours = sample("dpm_solver", model, x_T, theirs.timesteps.tolist(), clip_denoised=False)
     equal("DPM-Solver++ 2M", ours, expected, 1e-4)
 
@@ -167,14 +160,9 @@ def test_the_papers_unet_computes_the_same(generator, equal):
 def test_names_of_the_first_published_models_are_read():
     """Attention was called query, key, value and proj_attn when google/ddpm-cifar10-32 was published."""
     weights = UNet2DModel(**PAPER | {"block_out_channels": (32, 64, 64, 64)}).state_dict()
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    old = {}
-    for name, tensor in weights.items():
-        for new, first in names.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{first}.")
-            name = name.replace(f"attentions.1.{new}.", f"attentions.1.{first}.")
-            name = name.replace(f"attentions.2.{new}.", f"attentions.2.{first}.")
-        old[name] = tensor
+    first = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    pattern = re.compile(rf"(?<=attentions\.\d\.)({'|'.join(first)})(?=\.)")
+    old = {pattern.sub(lambda found: first[found[1]], name): tensor for name, tensor in weights.items()}
     assert any("proj_attn" in name for name in old)
     read, expected = from_diffusers(old, 4, 2), from_diffusers(weights, 4, 2)
     assert read.keys() == expected.keys() and all(torch.equal(read[k], expected[k]) for k in read)

@@ -1,19 +1,18 @@
-"""Samplers against closed forms, in float64."""
+"""The samplers of the registry against closed forms, in float64."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from helpers.closed_forms import optimal_model, sample
+from helpers.closed_forms import optimal_model, sample, squashed
 from helpers.configs import group
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.diffusion.model import PREDICTION_TYPES
+from modeling.diffusion.model import PREDICTION_TYPES, VARIANCES
 from modeling.diffusion.samplers import SAMPLERS, timestep_subsequence
 from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas
-from modeling.inference.samples import SampleNoise
 from modeling.settings import own_keys
 
 # With the options of the shipped conf/, and what else can be chosen.
@@ -40,14 +39,13 @@ def test_timestep_subsequence_out_of_range(steps):
         timestep_subsequence(10, steps)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 7])
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
+@pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_point_mass_is_returned_exactly(schedule, x_T, steps, variance, prediction_type):
+def test_point_mass_is_returned_exactly(schedule, x_T, variance, prediction_type):
     c = torch.tensor([0.3, -0.9, 1.0], dtype=torch.float64).reshape(3, 1, 1, 1).expand_as(x_T)
     model = optimal_model(schedule, lambda x, _: c, variance, prediction_type)
-    timesteps = timestep_subsequence(schedule.num_timesteps, steps)
-    for name, options in CHOICES:
+    for steps, (name, options) in itertools.product((1, 2, 5, 7), CHOICES):
+        timesteps = timestep_subsequence(schedule.num_timesteps, steps)
         torch.testing.assert_close(sample(name, model, x_T, timesteps, **options), c, rtol=0, atol=1e-9)
 
 
@@ -89,24 +87,18 @@ def test_the_solvers_of_the_ode_converge_to_its_solution(x_T):
 
 
 def test_dpm_solver_with_one_and_two_steps_is_ddim(schedule, x_T):
-    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a)
+    model = optimal_model(schedule, squashed)
     for steps in (1, 2):
         timesteps = timestep_subsequence(schedule.num_timesteps, steps)
-        expected = sample("ddim", model, x_T, timesteps)
-        torch.testing.assert_close(sample("dpm_solver", model, x_T, timesteps), expected)
+        torch.testing.assert_close(*(sample(name, model, x_T, timesteps) for name in ("dpm_solver", "ddim")))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_learned_variance_at_its_ends_is_the_fixed_ones(schedule, x_T, fraction):
-    learned = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "learned")
-    inner = learned.network.forward
-    learned.network.forward = lambda x, t: torch.cat(
-        [inner(x, t).chunk(2, 1)[0], torch.full_like(x, 2 * fraction - 1)], 1
-    )
-    fixed = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "fixed_large" if fraction else "fixed_small")
+    learned = optimal_model(schedule, squashed, "learned", fraction=fraction)
+    fixed = optimal_model(schedule, squashed, "fixed_large" if fraction else "fixed_small")
     timesteps = timestep_subsequence(schedule.num_timesteps, 5)
-    expected = sample("ddpm", fixed, x_T, timesteps)
-    torch.testing.assert_close(sample("ddpm", learned, x_T, timesteps), expected)
+    torch.testing.assert_close(*(sample("ddpm", model, x_T, timesteps) for model in (learned, fixed)))
 
 
 def test_ddim_of_a_standard_normal_is_a_product_of_cosines(schedule, x_T):
@@ -125,19 +117,15 @@ def test_ddpm_of_a_standard_normal(schedule, x_T):
     timesteps = list(range(schedule.num_timesteps))[::-1]
     out = sample("ddpm", model, x_T, timesteps, lambda: torch.zeros_like(x_T), clip_denoised=False)
     torch.testing.assert_close(out, schedule.alphas_cumprod[-1].sqrt() * x_T)
-
     draws = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    two = timesteps[:2] + timesteps[-1:]
-    out = sample("ddpm", model, draws, two, clip_denoised=False)
-    # of the last alpha, which is alphas_cumprod[0]
+    out = sample("ddpm", model, draws, timesteps[:2] + timesteps[-1:], clip_denoised=False)
     assert out.var().item() == pytest.approx(schedule.alphas_cumprod[0].item(), rel=0.04)
 
 
-@pytest.mark.parametrize("steps", [2, 5, 7])
-def test_ddpm_is_ddim_with_eta_one(schedule, x_T, steps):
-    model = optimal_model(schedule, lambda x, a: torch.tanh(x) * a, "fixed_small")
-    timesteps = timestep_subsequence(schedule.num_timesteps, steps)
-    for clip in (True, False):
+def test_ddpm_is_ddim_with_eta_one(schedule, x_T):
+    model = optimal_model(schedule, squashed, "fixed_small")
+    for steps, clip in itertools.product((2, 5, 7), (True, False)):
+        timesteps = timestep_subsequence(schedule.num_timesteps, steps)
         ddpm = sample("ddpm", model, x_T, timesteps, clip_denoised=clip)
         ddim = sample("ddim", model, x_T, timesteps, clip_denoised=clip, eta=1.0)
         torch.testing.assert_close(ddpm, ddim)
@@ -174,21 +162,3 @@ def test_ideal_denoiser_of_a_finite_data_set_returns_members(x_T):
     for name in ("ddim", "ddpm"):
         nearest = (sample(name, model, x_T, timesteps)[:, None] - data[None]).abs().amax((2, 3, 4)).amin(1)
         assert nearest.max() < 1e-3
-
-
-def test_noise_of_a_sample_does_not_depend_on_the_batch():
-    whole = SampleNoise(3, range(6), (1, 4, 4), "cpu")
-    parts = [SampleNoise(3, range(0, 2), (1, 4, 4), "cpu"), SampleNoise(3, range(2, 6), (1, 4, 4), "cpu")]
-    for _ in range(3):
-        assert torch.equal(whole(), torch.cat([p() for p in parts]))
-    draws = whole()
-    assert len({d.sum().item() for d in draws}) == 6
-    assert not torch.equal(SampleNoise(4, [0], (1, 4, 4), "cpu")(), SampleNoise(3, [0], (1, 4, 4), "cpu")())
-
-
-def test_noise_is_normal():
-    """Uniform noise would have variance 1/12 and no tails."""
-    draws = SampleNoise(0, range(4), (3, 64, 64), "cpu")()
-    assert draws.mean().item() == pytest.approx(0, abs=0.02)
-    assert draws.var().item() == pytest.approx(1, abs=0.03)
-    assert (draws.abs() > 2).double().mean().item() == pytest.approx(math.erfc(math.sqrt(2)), abs=0.005)

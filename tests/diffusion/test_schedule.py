@@ -1,29 +1,26 @@
-"""NoiseSchedule against recursions and Bayes' rule."""
+"""NoiseSchedule against recursions and Bayes' rule, for every schedule of the registry; each schedule's formula."""
 
 import math
 
 import pytest
 import torch
 
-from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, gather, linear_betas, sigmoid_betas
+from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
 
 
 def test_linear_betas_of_the_paper():
     betas = linear_betas(1000, 1e-4, 0.02)
-    assert betas.dtype == torch.float64
     assert betas[0] == 1e-4 and betas[-1] == 0.02
     torch.testing.assert_close(betas.diff(), torch.full((999,), (0.02 - 1e-4) / 999, dtype=torch.float64))
+    # Its twenty first steps do not reach noise.
+    assert NoiseSchedule(linear_betas(20, 1e-4, 0.02)).alphas_cumprod[-1].item() == pytest.approx(0.817, abs=1e-3)
 
 
 def test_cosine_schedule_is_the_squared_cosine():
     schedule = NoiseSchedule(cosine_betas(50))
-    u = torch.arange(1, 50, dtype=torch.float64) / 50  # the last step is clipped
-
-    def f(v):
-        return torch.cos((v + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    torch.testing.assert_close(schedule.alphas_cumprod[:-1], f(u) / f(torch.zeros_like(u)))
-    assert schedule.betas[-1] == 0.999
+    f = torch.cos((torch.arange(50, dtype=torch.float64) / 50 + 0.008) / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(schedule.alphas_cumprod[:-1], f[1:] / f[0])
+    assert schedule.betas[-1] == 0.999  # clipped
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
@@ -36,27 +33,21 @@ def test_sigmoid_schedule_is_the_rescaled_sigmoid(tau):
 
 
 def test_variance_recursion(schedule):
-    variance = 0.0
-    for t in range(schedule.num_timesteps):
-        beta = schedule.betas[t].item()
-        variance = (1 - beta) * variance + beta
-        assert variance == pytest.approx(1 - schedule.alphas_cumprod[t].item(), rel=1e-10)
-
-
-def test_twenty_steps_do_not_reach_noise():
-    assert NoiseSchedule(linear_betas(20, 1e-4, 0.02)).alphas_cumprod[-1].item() == pytest.approx(0.817, abs=1e-3)
+    """Single steps add up: the signal that survives them all, and the variance that they leave."""
+    assert schedule.betas.dtype == torch.float64 and bool(((schedule.betas > 0) & (schedule.betas < 1)).all())
+    signal, variance = 1.0, 0.0
+    for beta, alpha_bar in zip(schedule.betas.tolist(), schedule.alphas_cumprod.tolist(), strict=True):
+        signal, variance = (1 - beta) ** 0.5 * signal, (1 - beta) * variance + beta
+        assert variance == pytest.approx(1 - alpha_bar, rel=1e-10) and signal**2 == pytest.approx(alpha_bar, rel=1e-10)
 
 
 def test_posterior_is_bayes_rule_for_two_gaussians(schedule):
     """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add."""
-    s = schedule
-    prior_variance = 1 - s.alphas_cumprod_prev[1:]
-    precision = (1 - s.betas[1:]) / s.betas[1:] + 1 / prior_variance
+    s, betas, before = schedule, schedule.betas[1:], schedule.alphas_cumprod_prev[1:]
+    precision = (1 - betas) / betas + 1 / (1 - before)
     torch.testing.assert_close(s.posterior_variance[1:], 1 / precision)
-    torch.testing.assert_close(s.posterior_mean_coef2[1:], (1 - s.betas[1:]).sqrt() / s.betas[1:] / precision)
-    torch.testing.assert_close(
-        s.posterior_mean_coef1[1:], s.alphas_cumprod_prev[1:].sqrt() / prior_variance / precision
-    )
+    torch.testing.assert_close(s.posterior_mean_coef2[1:], (1 - betas).sqrt() / betas / precision)
+    torch.testing.assert_close(s.posterior_mean_coef1[1:], before.sqrt() / (1 - before) / precision)
 
 
 def test_posterior_at_the_first_step_is_x_0(schedule):
@@ -69,19 +60,17 @@ def test_constants_are_not_saved_and_move_with_the_module(schedule):
     assert schedule.to("meta").betas.device.type == "meta"
 
 
-@pytest.mark.parametrize("betas", [[], [0.1, 0.0], [0.5, 1.0], [float("nan")]])
-def test_bad_betas_are_refused(betas):
-    with pytest.raises(ValueError, match="betas must be"):
-        NoiseSchedule(torch.tensor(betas))
+NOTHING_LEFT = "nothing of the image or no noise is left"
+BAD = [
+    ([], "betas must be"),
+    ([0.1, 0.0], "betas must be"),
+    ([0.5, 1.0], "betas must be"),
+    ([math.nan], "betas must be"),
+]
+BAD += [(linear_betas(1000, 0.1, 0.99).tolist(), NOTHING_LEFT), ([1e-17], NOTHING_LEFT)]
 
 
-def test_gather_is_per_sample():
-    picked = gather(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([2, 0]), torch.zeros(2, 3, 4, 4))
-    assert picked.shape == (2, 1, 1, 1) and picked.dtype == torch.float32
-    assert picked.flatten().tolist() == [3.0, 1.0]
-
-
-@pytest.mark.parametrize("betas", [linear_betas(1000, 0.1, 0.99), torch.tensor([1e-17])])
-def test_a_schedule_that_leaves_nothing_of_image_or_noise_is_refused(betas):
-    with pytest.raises(ValueError, match="nothing of the image or no noise is left"):
-        NoiseSchedule(betas.double())
+@pytest.mark.parametrize(("betas", "message"), BAD)
+def test_bad_betas_are_refused(betas, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule(torch.tensor(betas, dtype=torch.float64))

@@ -1,7 +1,5 @@
 """The network: size, initialisation, time embedding, shapes."""
 
-import math
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ TINY = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "drop
 
 def perturbed(**kwargs):
     """A network whose zero-initialised ends have weights, so that its output depends on its input."""
-    torch.manual_seed(0)
     net = UNet(8, **{**TINY, **kwargs})
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -25,27 +22,19 @@ def test_the_papers_network_has_its_parameter_count():
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
 
 
-def test_zero_output_at_initialisation(generator):
-    out = UNet(8, **TINY)(torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([0, 999]))
-    assert torch.equal(out, torch.zeros(2, 3, 8, 8))
-
-
 def test_timestep_embedding_closed_form():
-    emb = timestep_embedding(torch.tensor([0, 7]), 8)
-    assert emb[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    angles = [7 * 10_000 ** (-i / 3) for i in range(4)]
-    expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-    torch.testing.assert_close(emb[1], torch.tensor(expected))
+    first, last = timestep_embedding(torch.tensor([0, 7]), 8)
+    assert first.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    angles = torch.tensor([7 * 10_000 ** (-i / 3) for i in range(4)])
+    torch.testing.assert_close(last, torch.cat([angles.sin(), angles.cos()]))
 
 
 def test_every_sample_is_embedded_by_its_own_time(generator):
     """A batch with different times gives what each sample gives alone."""
     net = perturbed(attention_resolutions=(4,))
-    x = torch.randn(3, 3, 8, 8, generator=generator)
-    t = torch.tensor([0, 400, 999])
-    together = net(x, t)
+    x, t = torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([0, 400, 999])
     alone = torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(x, t), alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(net(x, t), net(x, t.flip(0)), atol=1e-3)
 
 
@@ -59,8 +48,7 @@ def test_any_size_and_channel_count(channels, size):
 def test_gradients_reach_every_parameter(generator):
     net = perturbed(attention_resolutions=(8, 4)).train()
     net(torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([1, 2])).square().mean().backward()
-    for name, p in net.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, name
+    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_heads": 2, "num_classes": 5, "out_channels": 6}])

@@ -1,44 +1,32 @@
-"""Closed-form networks for the tests of the mathematics."""
-
-from collections.abc import Callable
+"""Closed-form networks and samplers on them, for the tests of the mathematics."""
 
 import torch
-from torch import Tensor, nn
 
 from modeling.diffusion.model import DiffusionModel
 from modeling.diffusion.samplers import SAMPLERS
-from modeling.diffusion.schedule import NoiseSchedule
 
 
-class Optimal(nn.Module):
-    """The optimal prediction for data whose denoiser E[x_0 | x_t] is known; a learned variance is beta."""
-
-    def __init__(
-        self, schedule: NoiseSchedule, denoise: Callable[[Tensor, Tensor], Tensor], prediction_type: str, learned: bool
-    ) -> None:
-        super().__init__()
-        self.schedule = schedule
-        self.denoise = denoise
-        self.prediction_type = prediction_type
-        self.learned = learned
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha_bar = self.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        x_0 = self.denoise(x_t, alpha_bar)
-        eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
-        out = {"epsilon": eps, "sample": x_0, "v_prediction": v}[self.prediction_type]
-        return torch.cat([out, torch.ones_like(out)], dim=1) if self.learned else out
+def output_for(x_0, x_t, alpha_bar, prediction_type):
+    """What a network puts out whose estimate of the clean image is x_0."""
+    eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+    return {"epsilon": eps, "sample": x_0, "v_prediction": v}[prediction_type]
 
 
-def optimal_model(
-    schedule: NoiseSchedule,
-    denoise: Callable[[Tensor, Tensor], Tensor],
-    variance: str = "fixed_large",
-    prediction_type: str = "epsilon",
-) -> DiffusionModel:
-    network = Optimal(schedule, denoise, prediction_type, variance == "learned")
+def optimal_model(schedule, denoise, variance="fixed_large", prediction_type="epsilon", fraction=1.0):
+    """The optimum for data with E[x_0 | x_t] = denoise(x_t, alpha_bar); a learned variance is at `fraction`."""
+
+    def network(x_t, t):
+        alpha_bar = schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        out = output_for(denoise(x_t, alpha_bar), x_t, alpha_bar, prediction_type)
+        return torch.cat([out, torch.full_like(out, 2 * fraction - 1)], dim=1) if variance == "learned" else out
+
     return DiffusionModel(network, schedule, prediction_type, variance)
+
+
+def squashed(x_t, alpha_bar):
+    """A denoiser that is not linear."""
+    return torch.tanh(x_t) * alpha_bar
 
 
 def sample(name, model, x_T, timesteps, noise_fn=None, clip_denoised=True, **options):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from modeling.config import load_config
 
 CONF = Path(__file__).parents[2] / "conf"
-REQUIRED = {"path": "x", "betas": "[0.5]"}  # for the keys that conf/ leaves to the user
+REQUIRED = {"path": "x", "betas": "[0.05,0.1,0.2,0.3,0.4,0.5,0.6]"}  # for the keys that conf/ leaves to the user
 
 
 def composed(*overrides):

@@ -23,6 +23,11 @@ def adam(**changes):
     return group("optimizer", "adam", **{"lr": 1e-3, "warmup_steps": 3, "betas": [0.9, 0.99]} | changes)
 
 
+def sgd(**changes):
+    plain = {"lr": 0.1, "warmup_steps": 0, "grad_clip": None, "momentum": 0.0, "weight_decay": 0.0}
+    return group("optimizer", "sgd", **plain | changes)
+
+
 def trainer_config(**changes):
     values = {"steps": 10, "batch_size": 4, "ema_decay": 0.9, "log_every": 3, "evaluate_every": 5}
     values |= {"evaluate_images": 6, "sample_every": 7, "sample_images": 2, "sample_steps": 2, "checkpoint_every": 4}
@@ -30,11 +35,13 @@ def trainer_config(**changes):
 
 
 class Recorder:
-    """A Reporter that keeps what it gets, rows cut back on a resume as Curves does; a signal comes at `stop_at`."""
+    """A Reporter that keeps what it gets, rows cut back on a resume as Curves does.
 
-    stop_at = None
+    A signal comes after step `stop_at`; step `kill_at` is the last of a process that ends without a word.
+    """
 
-    def __init__(self):
+    def __init__(self, stop_at=None, kill_at=None):
+        self.stop_at, self.kill_at = stop_at, kill_at
         self.rows, self.grids, self.steps, self.starts = {}, {}, [], []
 
     def started(self, step):
@@ -46,6 +53,8 @@ class Recorder:
         self.steps.append(step)
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == self.kill_at:
+            raise KeyboardInterrupt
 
     def logged(self, step, row, seconds):
         self.rows[step] = row
@@ -54,7 +63,7 @@ class Recorder:
         self.grids[step] = images
 
 
-def make(folder, recorder, optimizer=None, model=None, diffusion=None, plain=False, start=None, compute=CPU, **changes):
+def make(folder, recorder=None, optimizer=None, model=MODEL, diffusion=DIFFUSION, plain=False, compute=CPU, **changes):
     """A trainer on ten random images of 8 x 8; `plain`: of one colour each, which are quick to learn."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (10, 3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -62,9 +71,9 @@ def make(folder, recorder, optimizer=None, model=None, diffusion=None, plain=Fal
         images = images[:, :, :1, :1].expand(10, 3, 8, 8)
     train = LabelledImages(images, torch.arange(10) % 2)
     data = SimpleNamespace(train=train, test=train.first(8))
-    model = compute.place_model(build_model(model or MODEL, diffusion or DIFFUSION, (8, 8, 3), 2, seed=0))
+    model = compute.place_model(build_model(model, diffusion, (8, 8, 3), 2, seed=0))
     config = SimpleNamespace(trainer=trainer_config(**changes), optimizer=optimizer or adam(), seed=0)
-    return Trainer(config, model, data, compute, CheckpointFolder(folder, {}, start), recorder)
+    return Trainer(config, model, data, compute, CheckpointFolder(folder), recorder or Recorder())
 
 
 def weights(trainer):

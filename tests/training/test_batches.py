@@ -1,12 +1,15 @@
-"""The order of the batches, their flips and their labels, as functions of (seed, step)."""
+"""What a step trains on, as a function of (seed, step): images, flips, labels, time steps and noise."""
 
+import pytest
 import torch
+from helpers.configs import group
+from helpers.training import CPU, SMALL, make
+from torch.overrides import TorchFunctionMode
 
 from modeling.data.prepared import LabelledImages
-from modeling.inference.device import Compute
 from modeling.inference.images import to_model
 from modeling.seeds import step_seed
-from modeling.training.batches import BatchSource
+from modeling.training.batches import BatchSource, draw_timesteps
 
 
 def source(n=10, batch_size=4, flip=False, seed=0):
@@ -16,11 +19,9 @@ def source(n=10, batch_size=4, flip=False, seed=0):
 
 
 def test_every_epoch_is_a_permutation():
-    s = source()
-    stream = torch.cat([s.indices(step) for step in range(15)])  # 60 positions, 6 epochs
-    epochs = stream.reshape(6, 10)
-    assert all(sorted(e.tolist()) == list(range(10)) for e in epochs)
-    assert len({tuple(e.tolist()) for e in epochs}) == 6
+    stream = torch.cat([source().indices(step) for step in range(15)])  # 60 positions
+    epochs = [tuple(epoch) for epoch in stream.reshape(6, 10).tolist()]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({*epochs}) == 6
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -55,4 +56,51 @@ def test_step_seeds_do_not_collide():
 def test_a_large_data_set_on_a_cpu_stays_where_it_is(monkeypatch):
     monkeypatch.setattr("modeling.inference.device.PLACE_AT_MOST", 3)
     images = torch.zeros(1, 2, 2, 1, dtype=torch.uint8).permute(0, 3, 1, 2)
-    assert Compute(torch.device("cpu"), False).place(images) is images
+    assert CPU.place(images) is images
+
+
+def test_a_conditional_network_is_told_the_class_and_sometimes_not(tmp_path):
+    conditional = group("model", "tiny", **SMALL, class_conditional=True)
+    inputs = make(tmp_path, model=conditional, label_dropout=0.3).source
+    given = torch.cat([inputs.labels(step) for step in range(500)])
+    true = torch.cat([inputs.batches.labels(step) for step in range(500)])
+    dropped = given == 2
+    assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(given[~dropped], true[~dropped])
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_timesteps_are_uniform(stratified):
+    draws = [draw_timesteps(32, 10, stratified, torch.Generator().manual_seed(s)) for s in range(500)]
+    counts = torch.stack([torch.bincount(t, minlength=10) for t in draws]).double()
+    assert counts.shape[1] == 10 and torch.allclose(counts.mean(0), torch.full((10,), 3.2).double(), atol=0.3)
+    assert (counts.std(0).max() < 0.6) == stratified
+
+
+def test_training_noise_is_normal(tmp_path):
+    inputs = make(tmp_path).source
+    noise = torch.cat([inputs.inputs(step).noise.flatten() for step in range(50)]).double()
+    n = len(noise)
+    assert abs(noise.mean()) < 5 / n**0.5 and abs(noise.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((noise**4).mean() - 3) < 5 * (96 / n) ** 0.5
+
+
+class Draws(TorchFunctionMode):
+    """Notes the device that every draw of random numbers names."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.randn, torch.randint):
+            self.devices[func.__name__] = kwargs.get("device")
+        return func(*args, **kwargs)
+
+
+def test_time_steps_and_noise_are_drawn_on_the_training_device(tmp_path):
+    """Without a GPU the wrong device shows only in what the draw asks for: none would be the CPU."""
+    with Draws() as draws:
+        make(tmp_path).source.inputs(0)
+    assert draws.devices == {"randn": CPU.device, "randint": CPU.device}

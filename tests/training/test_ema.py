@@ -39,9 +39,7 @@ def test_the_copy_is_in_eval_mode_and_shares_nothing_with_the_model():
 
 
 def test_state_round_trip():
-    net = linear(1.0)
-    ema = EMA(net, 0.5)
-    nn.init.constant_(net.weight, 3.0)
+    ema = EMA(linear(1.0), 0.5)
     ema.update()
     other = EMA(linear(9.0), 0.5)
     other.load_state_dict(ema.state_dict())

@@ -1,0 +1,35 @@
+"""The optimizers of the registry, and the learning rate."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers.configs import group
+from helpers.training import adam
+from torch import nn
+
+from modeling.settings import own_keys
+from modeling.training.optimizer import OPTIMIZERS, build_optimizer, learning_rate
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_get_the_keys_of_their_group(name):
+    parameter = nn.Parameter(torch.ones(2))
+    config = group("optimizer", name, lr=0.1)
+    changed = {"betas": [0.8, 0.95], "eps": 1e-5, "weight_decay": 0.3, "momentum": 0.95}
+    config = dataclasses.replace(config, **{key: changed.get(key, value) for key, value in own_keys(config).items()})
+    optimizer = build_optimizer(config, [parameter])
+    for key, value in {"lr": 0.1, **own_keys(config)}.items():
+        assert optimizer.param_groups[0][key] == pytest.approx(value)
+    parameter.sum().backward()
+    optimizer.step()
+    assert (parameter < 1).all()
+
+
+def test_learning_rate():
+    warm_up = [learning_rate(adam(warmup_steps=4), step, 10) for step in (0, 1, 3, 9)]
+    assert warm_up == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3])
+    assert learning_rate(adam(warmup_steps=0, lr_decay="linear"), 4, 10) == pytest.approx(6e-4)
+    cosine = [learning_rate(adam(warmup_steps=0, lr_decay="cosine"), step, 9) for step in (0, 3, 9)]
+    assert cosine == pytest.approx([1e-3, 0.5e-3 * (1 + math.cos(math.pi / 3)), 0])
