@@ -164,7 +164,7 @@ def test_model_files_whose_metadata_lie(place, plain, data):
     """Sizes of any kind, and giants: no memory is taken for what the file does not hold."""
     config = {group: dict(plain[group]) for group in ("model", "diffusion")}
     config["model"] |= {"model_channels": 8, "channel_mult": [1], "attention_resolutions": [], "norm_groups": 4}
-    meta = {"config": config, "image_shape": [8, 8, 3], "classes": [], "run": "a", "steps": 1}
+    meta = {"config": config, "image_shape": [8, 8, 3], "classes": [], "steps": 1}
     groups = [config["model"], config["diffusion"], meta]
     giants = st.integers(10**5, 10**12) | st.lists(st.integers(10**5, 10**9), max_size=9)
     for _ in range(data.draw(st.integers(1, 3))):

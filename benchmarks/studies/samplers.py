@@ -81,7 +81,7 @@ def compare(overrides: list[str], images: int, steps: int) -> dict[str, Any]:
         logging.info("%s", row)
         rows.append(row)
     distance, error = energy_distance(features(data.train.first(images).images), test)
-    about = {"images": images, "seed": 0, "weights_sha256": meta["sha256"], "run": meta.get("run")}
+    about = {"images": images, "seed": 0, "weights_sha256": meta["sha256"]}
     return about | {"rows": rows, "data": {"distance": distance, "stderr": error}, "machine": describe(compute.device)}
 
 

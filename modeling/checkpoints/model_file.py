@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ from modeling.reliability.errors import ConfigError, UserError, out_of_memory, s
 from modeling.reliability.files import write_atomic
 from modeling.settings import MAX_TIMESTEPS, Config, affects, parse_group
 
-RUN_NAME = re.compile(r"[A-Za-z0-9-]+")  # part of a path
 FREE = ("dropout", "min_snr_gamma")  # keys that affect how weights are trained, and not which weights fit
 
 
-def save_model(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Writes weights as safetensors, with `about` and a checksum of the weights as JSON in the metadata."""
+def save_model(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """Writes weights as safetensors, with `about` as JSON in the metadata; returns their weights_hash."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sha256 = weights_hash(contiguous)
     # All in one entry: the order of several would differ from process to process.
-    metadata = json.dumps({**about, "sha256": weights_hash(contiguous)}, sort_keys=True)
+    metadata = json.dumps({**about, "sha256": sha256}, sort_keys=True)
     write_atomic(path, safetensors_bytes(contiguous, {"config": metadata}))
+    return sha256
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -62,8 +62,8 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
     try:
         tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
         meta["sha256"] = weights_hash(tensors)
-        if not RUN_NAME.fullmatch(meta["run"]) or not isinstance(meta["steps"], int):
-            raise ValueError(f"it names the run {meta['run']!r} and the steps {meta['steps']!r}")
+        if not isinstance(meta["steps"], int):
+            raise ValueError(f"it names the steps {meta['steps']!r}")
         names = ["model", "diffusion", *({"data"} & meta["config"].keys())]
         model, diffusion, *_ = (parse_group(name, meta["config"][name]) for name in names)
         # A small file may name a giant, so the sizes are checked first, on a network without memory.

@@ -39,6 +39,12 @@ def write_notes(folder: Path, notes: dict[str, Any]) -> None:
     write_atomic(folder / "run.json", (json.dumps(notes, indent=2) + "\n").encode())
 
 
+def notes_of(weights_sha256: str) -> dict[str, Any]:
+    """The notes of the newest run that published these weights; of a folder of their own if there is none."""
+    published = [notes for _, notes in _runs() if notes.get("weights_sha256") == weights_sha256]
+    return published[0] if published else read_notes(state_root() / "runs" / f"model-{weights_sha256[:12]}")
+
+
 class Start(NamedTuple):
     path: Path  # of a checkpoint that a run starts from
     sha256: str

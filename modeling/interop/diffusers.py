@@ -5,7 +5,6 @@ models, such as google/ddpm-cifar10-32, is read too. What the format cannot expr
 diffusers does not know is written, and read, as its betas.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -53,13 +52,11 @@ def load_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     unet, scheduler = (part if part.is_dir() else folder for part in (folder / "unet", folder / "scheduler"))
     model, image_shape = _model_config(_read_json(unet / "config.json"), folder)
     diffusion = _diffusion_config(_read_json(scheduler / "scheduler_config.json"), folder)
-    weights, digest = _read_weights(unet)
-    ours = from_diffusers(weights, len(model["channel_mult"]), model["num_res_blocks"])
+    ours = from_diffusers(_read_weights(unet), len(model["channel_mult"]), model["num_res_blocks"])
     return {f"network.{name}": tensor for name, tensor in ours.items()}, {
         "config": {"model": model, "diffusion": diffusion},
         "image_shape": image_shape,
         "classes": [],
-        "run": f"diffusers-{digest[:12]}",
         "steps": 0,
     }
 
@@ -130,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
+def _read_weights(folder: Path) -> dict[str, Tensor]:
     paths = [folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
     path = next(filter(Path.exists, paths), None)
     if path is None:
@@ -143,7 +140,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
         if out_of_memory(error):
             raise
         raise UserError(f"model {path} is damaged: {short(error)}") from None
-    return read, hashlib.sha256(content).hexdigest()
+    return read
 
 
 def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, meta: Mapping[str, Any]) -> None:

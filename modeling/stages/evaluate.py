@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from modeling.checkpoints.fingerprint import code_hash, fingerprint
-from modeling.checkpoints.run_folder import read_notes
+from modeling.checkpoints.run_folder import notes_of
 from modeling.data.prepared import LabelledImages, Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first
@@ -73,7 +73,7 @@ def run(config: Config, out: Path) -> None:
 def _log_to_wandb(config: Config, meta: dict[str, Any], values: dict[str, float | Path]) -> None:
     used = {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
     recipe = {key: value for key, value in meta["config"].items() if key != "trainer"}  # training has logged all of it
-    run_id = read_notes(state_root() / "runs" / meta["run"])["wandb_id"]
+    run_id = notes_of(meta["sha256"])["wandb_id"]
     wandb_run = WandbRun(config.wandb, recipe | used, run_id, None, state_root())
     wandb_run.log(values, max(meta["steps"] + 1, wandb_run.first))  # W&B drops values of a step that it has
     wandb_run.finish()
@@ -143,7 +143,7 @@ def _quality(
     drawn_with = facts | {"steps": s.steps, "diffusion": meta["config"]["diffusion"], "code": code}
     root = state_root() / "runs"
     samples = kept_samples(
-        root / meta["run"] / "samples-for-fid" / fingerprint(drawn_with),
+        root / "samples-for-fid" / fingerprint(drawn_with),
         e.fid_samples,
         e.batch_size,
         lambda indices: sample_as_asked(config, model, meta, indices, compute),

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from modeling.build import build_model, check_sampler
 from modeling.checkpoints.model_file import save_model
-from modeling.checkpoints.run_folder import Run
+from modeling.checkpoints.run_folder import Run, write_notes
 from modeling.data.prepared import Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first, world_size
@@ -75,11 +75,9 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         "config": recipe,
         "image_shape": data.shape,
         "classes": data.classes,
-        "fingerprint": run.name,
-        "run": run.folder.name,
         "steps": config.trainer.steps,
     }
-    about_checkpoint = about | {"wandb_id": run.notes["wandb_id"]}
+    about_checkpoint = about | {"fingerprint": run.name, "wandb_id": run.notes["wandb_id"]}
     folder = CheckpointFolder(run.folder, about_checkpoint, run.start and run.start.path)
     trainer = Trainer(config, model, data, compute, folder, reports)
     exit_code = 1
@@ -92,7 +90,8 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     finally:
         progress.close()
         wandb_run.finish(exit_code)
-    save_model(out / "models" / "model.safetensors", trainer.ema.model.state_dict(), about)
+    sha256 = save_model(out / "models" / "model.safetensors", trainer.ema.model.state_dict(), about)
+    write_notes(run.folder, run.notes | {"weights_sha256": sha256})  # how evaluation finds the W&B run of a model
     reports.publish(out / "reports", parameters)
     log.info("model: %s; curves and samples: %s", out / "models" / "model.safetensors", out / "reports")
 

@@ -14,7 +14,7 @@ from modeling.checkpoints.model_file import load_model, load_trained, requested_
 from modeling.reliability.errors import ConfigError, UserError
 
 CONFIG = {"model": dataclasses.asdict(MODEL), "diffusion": dataclasses.asdict(DIFFUSION)}
-ABOUT = {"config": CONFIG, "image_shape": [8, 8, 3], "classes": [], "run": "a-1", "steps": 2}
+ABOUT = {"config": CONFIG, "image_shape": [8, 8, 3], "classes": [], "steps": 2}
 
 
 def test_round_trip(tmp_path):
@@ -58,7 +58,6 @@ def test_the_file_is_the_model(tmp_path, model):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"run": run} for run in ("../elsewhere", "/tmp", 3, None)),
         {"steps": "many"},
         *({"config": CONFIG | {"data": data}} for data in ({"name": "x"}, {"name": "shapes", "width": 3}, 3)),
         {"config": CONFIG | {"model": CONFIG["model"] | {"model_channels": 16}}},

@@ -51,7 +51,7 @@ def test_quality_is_measured_and_says_how(stage, pixels, tmp_path, monkeypatch, 
         stage(evaluate, *local)
     assert loaded == 2 * [("w", "01234567", CPU.device)]
     assert report()["quality"] == quality and caplog.text.count("once") == 1  # the reference was kept
-    kept = [path.parent for path in (tmp_path / "state").glob("runs/*/samples-for-fid/*/0000000-*.npy")]
+    kept = [path.parent for path in (tmp_path / "state").glob("runs/samples-for-fid/*/0000000-*.npy")]
     assert len(kept) == 1  # of the same sampler, weights and code
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -86,7 +86,7 @@ def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
     def folder(code="x", bf16=False, sampler=config.sampler, diffusion=config.diffusion, **changes):
         monkeypatch.setattr(evaluate, "code_hash", lambda *entries: code)
         used = dataclasses.replace(config, sampler=dataclasses.replace(sampler, **changes))
-        meta = {"sha256": "a", "run": "r", "config": {"diffusion": vars(diffusion)}}
+        meta = {"sha256": "a", "config": {"diffusion": vars(diffusion)}}
         model = build_model(config.model, diffusion, (8, 8, 3), 0, 0)
         with pytest.raises(Enough):
             evaluate._quality(used, None, model, meta, None, Compute(CPU.device, bf16))
