@@ -1,4 +1,4 @@
-"""Model files: published weights as safetensors, whose metadata carry the configuration and a checksum."""
+"""Model files: published weights as safetensors; metadata carry configuration and checksum, nothing is unpickled."""
 
 import hashlib
 import json

@@ -51,7 +51,7 @@ class Start(NamedTuple):
 
 
 def start_checkpoint(config: Config) -> Start | None:
-    """The checkpoint that trainer.resume names; if it is gone (old ones are), as a run that it began noted it."""
+    """The checkpoint that trainer.resume names, if any; a run that began from it remembers it once it is removed."""
     if (resume := config.trainer.resume) in ("auto", "never"):
         return None
     paths = [Path(resume).absolute(), state_root() / resume]

@@ -40,7 +40,7 @@ CLASSES = tuple(SHAPES)
 
 
 def draw_shapes(count: int, image_size: int, seed: int, split: int) -> Split:
-    """The classes in turn; `split` is 0 for training and 1 for testing, and the two never share a random number."""
+    """`count` images, the classes in turn; `split` is 0 for training and 1 for testing: they share no random number."""
     images = np.empty((count, image_size, image_size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
     pixels = np.arange(image_size) + 0.5
