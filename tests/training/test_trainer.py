@@ -125,10 +125,13 @@ def test_moments_take_the_layout_of_the_parameters(tmp_path, optimizer):
                 assert moment.stride() == parameter.stride() and torch.equal(moment, kept[k][name])
 
 
-def test_sampling_and_evaluation_change_nothing(tmp_path, whole):
-    trainer = make(tmp_path, evaluate_every=1, sample_every=2, log_every=1)
+def test_reports_change_nothing_and_a_logged_loss_is_the_mean_since_the_last(tmp_path, whole):
+    recorder = Recorder()
+    trainer = make(tmp_path, recorder, evaluate_every=1, sample_every=2, log_every=1)
     trainer.run()
     assert torch.equal(weights(trainer), whole[0])
+    losses = [recorder.rows[step]["loss"] for step in (4, 5, 6)]
+    assert whole[1].rows[6]["loss"] == pytest.approx(sum(losses) / 3)
 
 
 def test_grids_and_held_out_losses_are_those_of_the_average(tmp_path):
