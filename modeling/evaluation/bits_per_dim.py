@@ -49,8 +49,7 @@ def bits_per_dim(
 ) -> dict[str, Any]:
     """The variational bound in bits a dimension, its standard error over the images, and the parts that it sums.
 
-    `timesteps` are drawn for each image; None: all of them. The model is in eval mode. All processes must call this;
-    each evaluates a share.
+    `timesteps` are drawn for each image; None: all of them. All processes must call this.
     """
 
     def terms(indices: range) -> Tensor:

@@ -1,10 +1,9 @@
 """FID, KID, Inception Score, precision and recall, by torch-fidelity: its Inception, ported from TensorFlow.
 
-Samples and reference are uint8 images; the reference is every training image, not flipped. Heusel et al. 2017,
-Binkowski et al. 2018, Salimans et al. 2016, Kynkaanniemi et al. 2019. The features of the reference are computed once
-and cached by (data, extractor); samples are kept as they are drawn, so that an evaluation that was stopped resumes.
-FID of few samples is biased: below MIN_SAMPLES its name ends in their number. Every process must call the functions
-that draw samples or compute features.
+Heusel et al. 2017, Binkowski et al. 2018, Salimans et al. 2016, Kynkaanniemi et al. 2019. The reference is every
+training image, not flipped. Its features and the samples are kept, so that an evaluation that was stopped resumes. FID
+of few samples is biased: below MIN_SAMPLES its name ends in their number. Every process must call the functions that
+draw samples or compute features.
 """
 
 import hashlib
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from modeling.distributed.collectives import from_first, is_first, sharded
 from modeling.reliability.errors import UserError, short
@@ -36,6 +35,15 @@ KID_SUBSET = 1000
 FEATURES = [2048, 1008]  # of the pool and of the logits
 FIDELITY = "inception", ["2048", "logits_unbiased"]  # torch-fidelity's names for them
 NEIGHBOURS = 3  # of precision and recall
+METRICS = {  # our names of torch-fidelity's
+    "fid": KEY_METRIC_FID,
+    "kid": "kernel_inception_distance_mean",
+    "kid_std": "kernel_inception_distance_std",
+    "inception_score": "inception_score_mean",
+    "inception_score_std": "inception_score_std",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
 class Unavailable(UserError):
@@ -44,7 +52,7 @@ class Unavailable(UserError):
 
 @dataclass
 class Inception:
-    """The feature extractor."""
+    """The feature extractor of all the metrics."""
 
     network: nn.Module  # maps uint8 [N, 3, H, W] to pool features and logits, see FEATURES
     sha256: str  # of the file with its weights
@@ -71,10 +79,7 @@ class Inception:
 
 
 def load_inception(weights: str | None, sha256: str, device: torch.device) -> Inception:
-    """The feature extractor with the weights of a local file, or for None of the published one, see `download`.
-
-    UserError if the file is missing, damaged, or its SHA-256 does not begin with `sha256`.
-    """
+    """The extractor with the weights of a file (None: the published ones), whose SHA-256 begins with `sha256`."""
     path = download(sha256) if weights is None else Path(weights)
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -92,21 +97,19 @@ def load_inception(weights: str | None, sha256: str, device: torch.device) -> In
 
 def download(sha256: str) -> Path:
     """The published weights in PyTorch's cache folder, downloaded by the first process; else Unavailable in all."""
-    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
 
     def failure() -> str:
-        if path.exists():
-            return ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with stopped_at_once():
-                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
+            if not path.exists():
+                with stopped_at_once():
+                    torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:
             return short(error)
         return ""
 
-    reason = from_first(failure)
-    if reason:
+    if reason := from_first(failure):
         raise Unavailable(
             f"the Inception weights could not be downloaded ({reason}): put {path.name} of torch-fidelity "
             f"into {path.parent}, or name the file: evaluation.inception_weights=<file>"
@@ -115,10 +118,7 @@ def download(sha256: str) -> Path:
 
 
 def reference_features(inception: Inception, images: Tensor, data_sha256: str, folder: Path, batch_size: int) -> Tensor:
-    """Pool features of the training images [N, 2048], computed once and kept in `folder`.
-
-    Only the first process gets those that were kept; the others get none.
-    """
+    """Pool features of the training images [N, 2048], kept in `folder`; those kept are for the first process alone."""
     key = hashlib.sha256(f"{data_sha256} train {inception.sha256}".encode()).hexdigest()[:16]
     path = folder / f"{key}.npy"
     kept = _read(path) if is_first() else None
@@ -131,10 +131,7 @@ def reference_features(inception: Inception, images: Tensor, data_sha256: str, f
 
 
 def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
-    """Samples 0 to count - 1 in batches of `shard`, uint8 [B, C, H, W]: read from `folder`, or drawn and kept there.
-
-    The folder is of one (weights, sampler): nothing in it is checked against them.
-    """
+    """Samples 0 to count - 1 in batches of `shard`, uint8 [B, C, H, W], kept in `folder`, which is of one sampler."""
     for start in range(0, count, shard):
         indices = range(start, min(start + shard, count))
         path = folder / f"{indices.start:07}-{indices.stop:07}.npy"
@@ -168,24 +165,12 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str, float]:
-    """All metrics of samples with pool features [N, D] and logits [N, K] against a reference [M, D].
-
-    Below MIN_SAMPLES samples each name ends in their number: fid_5000 is not called FID.
-    """
+    """All metrics of samples with pool features [N, D] and logits [N, K] against a reference [M, D]."""
     n = len(pool)
     subset = min(KID_SUBSET, n, len(reference))
     with stopped_at_once():  # minutes for 50,000 samples
-        kid = kid_features_to_metric(pool, reference, kid_subset_size=subset, verbose=False)
-        score = isc_features_to_metric(logits)
-        near = prc_features_to_metric(pool, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
-        distance = frechet_distance(pool, reference)
-    found = {
-        "fid": distance,
-        "kid": kid[KEY_METRIC_KID_MEAN],
-        "kid_std": kid[KEY_METRIC_KID_STD],
-        "inception_score": score[KEY_METRIC_ISC_MEAN],
-        "inception_score_std": score[KEY_METRIC_ISC_STD],
-        "precision": near[KEY_METRIC_PRECISION],
-        "recall": near[KEY_METRIC_RECALL],
-    }
-    return found if n >= MIN_SAMPLES else {f"{name}_{n}": value for name, value in found.items()}
+        found = kid_features_to_metric(pool, reference, kid_subset_size=subset, verbose=False)
+        found |= isc_features_to_metric(logits)
+        found |= prc_features_to_metric(pool, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+        found[KEY_METRIC_FID] = frechet_distance(pool, reference)
+    return {name if n >= MIN_SAMPLES else f"{name}_{n}": found[key] for name, key in METRICS.items()}

@@ -15,8 +15,6 @@ CHUNK = 4096  # training images at a time
 
 
 class Neighbours(NamedTuple):
-    """The nearest images of N queries."""
-
     images: Tensor  # uint8 [N, k, C, H, W], nearest first
     indices: Tensor  # int64 [N, k], into the images searched
     rms: Tensor  # float32 [N, k]: root mean square difference, in levels of 255

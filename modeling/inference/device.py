@@ -34,11 +34,9 @@ class Compute:
     bf16: bool
 
     def autocast(self) -> torch.autocast:
-        """The context in which a network runs."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def generator(self, seed: int) -> torch.Generator:
-        """A fresh generator on the device."""
         return torch.Generator(self.device).manual_seed(seed)
 
     def seed(self, seed: int) -> None:
@@ -75,9 +73,8 @@ class Compute:
 
     def describe(self) -> str:
         """The device and the precision, for people."""
-        name = f"CPU, {torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
         return f"{name}, {'bf16 autocast' if self.bf16 else 'float32'}"
 
 
@@ -112,13 +109,8 @@ def choose_compute(device: str, precision: str, deterministic: bool = False) -> 
 
 
 def _keep_freed_memory() -> None:
-    """For the rest of this process, glibc keeps freed blocks of up to a gigabyte.
-
-    By default it returns them to the system, and the next step takes as many again: clearing their pages each time was
-    5 % of a step of the paper's network on two cores, and 8 % of the small one's (docs/speed.md).
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-        if mallopt is not None:
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-            mallopt(M_MMAP_THRESHOLD, 2**30)
+    """glibc keeps freed blocks of up to a gigabyte: clearing new pages is 5 to 8 % of a step (docs/speed.md)."""
+    # Other C libraries have no mallopt.
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)

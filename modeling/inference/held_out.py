@@ -39,10 +39,7 @@ def model_inputs(
 def held_out_losses(
     model: DiffusionModel, data: LabelledImages, batch_size: int, compute: Compute
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each held-out image, float32 [N], and its time step, int64 [N], on the CPU.
-
-    The model is in eval mode. All processes must call this; each evaluates a share.
-    """
+    """The loss of each image, float32 [N], and its time step, int64 [N], on the CPU; all processes must call this."""
     t = held_out_timesteps(len(data.images), model.schedule.num_timesteps)
 
     def losses(rows: range) -> Tensor:

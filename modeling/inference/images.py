@@ -47,14 +47,13 @@ def sample_grid(images: Tensor, num_classes: int) -> Tensor:
     return image_grid(images, rows=min(num_classes, len(images)) or None)
 
 
+def png_bytes(image: Tensor) -> bytes:
+    """uint8 [H, W, C] (C = 1 or 3) as the content of a PNG."""
+    content = io.BytesIO()
+    Image.fromarray(image.cpu().squeeze(2).numpy()).save(content, format="PNG")
+    return content.getvalue()
+
+
 def save_png(path: Path, image: Tensor) -> None:
     """Writes uint8 [H, W, C] (C = 1 or 3) as a PNG, else raises UserError."""
     write_atomic(path, png_bytes(image))
-
-
-def png_bytes(image: Tensor) -> bytes:
-    """uint8 [H, W, C] (C = 1 or 3) as the content of a PNG."""
-    array = image.cpu().numpy()
-    content = io.BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(content, format="PNG")
-    return content.getvalue()

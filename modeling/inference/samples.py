@@ -15,10 +15,7 @@ from modeling.settings import SamplerConfig, own_keys
 
 
 class SampleNoise:
-    """Noise of samples `indices`, each of `shape` (C, H, W), drawn on `device`.
-
-    That of sample k depends on (seed, k) alone: neither batch size nor process count changes a picture.
-    """
+    """Noise of samples `indices`, each of `shape` (C, H, W), drawn on `device`: a function of (seed, k) alone."""
 
     def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> None:
         self.shape = tuple(shape)
@@ -41,12 +38,9 @@ def draw_samples(
     compute: Compute,
     label: int | None = None,
 ) -> Tensor:
-    """Samples number `indices`, uint8 [N, C, H, W] on the CPU. All processes must call this; each draws a share.
+    """Samples number `indices`, each of `shape` (C, H, W): uint8 [N, C, H, W] on the CPU. All processes must call this.
 
-    Args:
-        model: in eval mode, on the device.
-        shape: (C, H, W) of one sample.
-        label: of all samples of a class-conditional model; None: sample k is of class k modulo their number.
+    `label` is that of all samples of a class-conditional model; None: sample k is of class k modulo their number.
     """
     timesteps = timestep_subsequence(model.schedule.num_timesteps, sampler.steps)
 

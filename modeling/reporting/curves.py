@@ -18,7 +18,7 @@ KEPT = (*COLUMNS, "seconds")  # of the file in the run's folder; seconds of trai
 
 
 class Curves:
-    """The rows of training so far, in a CSV; rows of `step` and later are dropped, since they will be written again."""
+    """The rows of training in a CSV; those of `step` and later are dropped, since they will be written again."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -43,19 +43,16 @@ class Curves:
         return {key: float(value) for key, value in _format(row).items()}
 
     def publish(self, path: Path) -> None:
-        """Writes the rows without their times."""
         _write(path, COLUMNS, self.rows())
 
     def plot(self, path: Path) -> None:
         """Draws the training loss and the held-out loss over the steps, as a PNG."""
-        import matplotlib  # here, since it takes half a second and training needs it only at its end
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt  # after the choice of a backend without a screen
-        from matplotlib import ticker
+        from matplotlib import ticker  # here: it takes half a second, and training needs it only at its end
+        from matplotlib.figure import Figure
 
         rows = self.rows()
-        figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+        figure = Figure(figsize=(7, 4), dpi=120)
+        axes = figure.subplots()
         for key, label, marker in (("loss", "training loss", None), ("held_out_loss", "held-out loss (EMA)", ".")):
             points = [(row["step"], row[key]) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)
@@ -67,7 +64,6 @@ class Curves:
         figure.tight_layout()
         with replacing(path) as partial:
             figure.savefig(partial, format="png", metadata={"Software": None})
-        plt.close(figure)
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:
@@ -83,7 +79,7 @@ def _format(row: Mapping[str, float]) -> dict[str, str]:
 
 
 def _parse(row: Mapping[str, Any]) -> dict[str, float] | None:
-    """The values of a row; None if it is incomplete or not finite: a kill may cut a line, and a disk may damage one."""
+    """The values of a row; None if a kill has cut it or a disk damaged it."""
     try:
         values = {key: float(value) for key, value in row.items() if value != ""}
     except (TypeError, ValueError):

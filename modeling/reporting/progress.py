@@ -1,6 +1,7 @@
 """The progress of a training run: one live bar in a terminal, a line every half minute elsewhere."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -17,10 +18,9 @@ LONG = 24 * 3600.0  # seconds of CPU training above which shorter recipes are re
 
 def duration(seconds: float) -> str:
     """'45 s', '12 min', '3.5 h' or '20 days'."""
-    for unit, size, limit in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 172800)):
+    for limit, size, text in ((90, 1, "{:.0f} s"), (5400, 60, "{:.0f} min"), (172800, 3600, "{:.1f} h")):
         if seconds < limit:
-            value = seconds / size
-            return f"{value:.1f} {unit}" if unit == "h" else f"{value:.0f} {unit}"
+            return text.format(seconds / size)
     return f"{seconds / 86400:.0f} days"
 
 
@@ -32,11 +32,9 @@ class Progress:
         self.batch_size = batch_size
         self.device = device
         self.bar: tqdm[Any] = tqdm(disable=True)
-        self.estimated = False
         self.held_out = ""
 
     def started(self, step: int) -> None:
-        """Begins after `step` steps."""
         if step:
             log.info("going on after step %d", step)
         self.first = step
@@ -49,9 +47,9 @@ class Progress:
         self.bar.update()
         if step == self.first + 1:
             self.since = self._now()
-        elif not self.estimated and time.perf_counter() - self.since > MEASURE_FOR:
-            self.estimated = True
+        elif time.perf_counter() - self.since > MEASURE_FOR:
             per_step = (self._now() - self.since) / (step - self.first - 1)
+            self.since = math.inf
             steps = self.steps - self.first
             self._say(f"{self.batch_size / per_step:.1f} images/s: {duration(per_step * steps)} for {steps} steps")
             if per_step * steps > LONG and self.device.type == "cpu":
@@ -64,7 +62,6 @@ class Progress:
         return time.perf_counter()
 
     def logged(self, step: int, row: Mapping[str, float], seconds: float) -> None:
-        """Shows the newest values; `seconds` is the time of all training steps so far."""
         if "held_out_loss" in row:
             self.held_out = f"held-out {row['held_out_loss']:.4f}, "
         loss = f"loss {row['loss']:.4f}, " if "loss" in row else ""
@@ -82,5 +79,4 @@ class Progress:
             self.bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Ends the live bar."""
         self.bar.close()

@@ -40,10 +40,9 @@ class Reports(Reporter):
         for path in self._pictures():
             if step_of(path) >= step:
                 path.unlink()
-        inputs = self.folder / "inputs.png"
-        save_png(inputs, image_grid(self.examples))
+        save_png(self.folder / "inputs.png", image_grid(self.examples))
         with self.wandb_run.logging_again():
-            self.wandb_run.log({"inputs": inputs}, 0)
+            self.wandb_run.log({"inputs": self.folder / "inputs.png"}, 0)
             for row in self.curves.rows():
                 self._log(row)
         self.progress.started(step)

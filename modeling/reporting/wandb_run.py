@@ -48,18 +48,9 @@ class WandbRun:
             console="off",
             silent=True,
         )
-        start = partial(
-            wandb.init,
-            project=settings.project,
-            entity=settings.entity,
-            config=dict(config),
-            id=run_id,
-            name=name,
-            resume="allow",
-            allow_val_change=True,  # evaluated again with another sampler
-            dir=str(root),
-            settings=options,
-        )
+        about: dict[str, Any] = {"project": settings.project, "entity": settings.entity, "id": run_id, "name": name}
+        about |= {"config": dict(config), "allow_val_change": True}  # a model is evaluated again with another sampler
+        start = partial(wandb.init, **about, resume="allow", dir=str(root), settings=options)
         if mode == "online":
             try:
                 wandb.setup(options)  # else the login asks the server for the name of the user

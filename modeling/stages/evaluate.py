@@ -14,15 +14,9 @@ from modeling.checkpoints.run_folder import notes_of
 from modeling.data.prepared import LabelledImages, Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first
+from modeling.evaluation import fid
 from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
-from modeling.evaluation.fid import (
-    Inception,
-    Unavailable,
-    kept_samples,
-    load_inception,
-    quality_metrics,
-    reference_features,
-)
+from modeling.evaluation.fid import Inception
 from modeling.evaluation.nearest import nearest_images, panel
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import sample_grid, save_png
@@ -44,9 +38,8 @@ def run(config: Config, out: Path) -> None:
     check_sampler_of(config, model, meta)
     data = ensure_prepared(config, data_config)
     if data.shape != meta["image_shape"]:
-        raise ConfigError(
-            f"data={data_config.name}: its images are {data.shape}, those of the model {meta['image_shape']}"
-        )
+        sizes = f"its images are {data.shape}, those of the model {meta['image_shape']}"
+        raise ConfigError(f"data={data_config.name}: {sizes}")
     target = out / "reports"
     if is_first():
         make_writable(target)
@@ -62,11 +55,11 @@ def run(config: Config, out: Path) -> None:
         return
     distances, neighbours = _nearest(images, data, meta)
     report |= distances
-    pictures = {name: target / f"{name}.png" for name in ("samples", "nearest")}
-    save_png(pictures["samples"], sample_grid(images, model.num_classes))
-    save_png(pictures["nearest"], neighbours)
+    save_png(target / "samples.png", sample_grid(images, model.num_classes))
+    save_png(target / "nearest.png", neighbours)
     write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
-    _log_to_wandb(config, meta, _numbers("evaluate", report) | {f"evaluate/{k}": path for k, path in pictures.items()})
+    pictures = {f"evaluate/{name}": target / f"{name}.png" for name in ("samples", "nearest")}
+    _log_to_wandb(config, meta, _numbers("evaluate", report) | pictures)
     log.info("metrics and samples: %s", target)
 
 
@@ -99,11 +92,9 @@ def _nearest(images: Tensor, data: Prepared, meta: dict[str, Any]) -> tuple[dict
     train = data.train.images
     found = nearest_images(images, train, min(k, len(train)), mirror)
     held_out = nearest_images(data.test.images[: len(images)], train, 1, mirror)
-    distances = {
-        "nearest_rms": found.rms[:, 0].mean().item(),
-        "nearest_rms_of_test_images": held_out.rms[:, 0].mean().item(),
-    }
-    return distances, panel(images[:count], found.images[:count])
+    distances = {"nearest_rms": found.rms, "nearest_rms_of_test_images": held_out.rms}
+    means = {name: rms[:, 0].mean().item() for name, rms in distances.items()}
+    return means, panel(images[:count], found.images[:count])
 
 
 def _inception(config: Config, compute: Compute) -> Inception | str:
@@ -112,19 +103,14 @@ def _inception(config: Config, compute: Compute) -> Inception | str:
     if e.fid_samples is None:
         return "evaluation.fid_samples=null"
     try:
-        return load_inception(e.inception_weights, e.inception_sha256, compute.device)
-    except Unavailable as reason:
+        return fid.load_inception(e.inception_weights, e.inception_sha256, compute.device)
+    except fid.Unavailable as reason:
         log.warning("FID and its relatives are left out: %s", reason)
         return str(reason)
 
 
 def _quality(
-    config: Config,
-    inception: Inception,
-    model: DiffusionModel,
-    meta: dict[str, Any],
-    data: Prepared,
-    compute: Compute,
+    config: Config, inception: Inception, model: DiffusionModel, meta: dict[str, Any], data: Prepared, compute: Compute
 ) -> dict[str, Any]:
     """FID and its relatives with the facts that make them comparable."""
     e, s = config.evaluation, config.sampler
@@ -142,16 +128,16 @@ def _quality(
     code = code_hash("inference.samples", "build")
     drawn_with = facts | {"steps": s.steps, "diffusion": meta["config"]["diffusion"], "code": code}
     root = state_root() / "runs"
-    samples = kept_samples(
-        root / "samples-for-fid" / fingerprint(drawn_with),
-        e.fid_samples,
-        e.batch_size,
-        lambda indices: sample_as_asked(config, model, meta, indices, compute),
-    )
+    folder = root / "samples-for-fid" / fingerprint(drawn_with)
+
+    def draw(indices: range) -> Tensor:
+        return sample_as_asked(config, model, meta, indices, compute)
+
+    samples = fid.kept_samples(folder, e.fid_samples, e.batch_size, draw)
     pool, logits = inception.features(samples)
     train = data.train.images
-    reference = reference_features(inception, train, data.sha256["train"], root / "reference", e.batch_size)
-    metrics = quality_metrics(pool, logits, reference) if is_first() else {}
+    reference = fid.reference_features(inception, train, data.sha256["train"], root / "reference", e.batch_size)
+    metrics = fid.quality_metrics(pool, logits, reference) if is_first() else {}
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     made = {"num_samples": e.fid_samples, "reference": f"{len(train)} training images, not flipped"}
     return metrics | made | facts | {"inception_sha256": inception.sha256}
@@ -161,8 +147,6 @@ def _numbers(prefix: str, report: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a nested report under names like evaluate/quality/"""
     found: dict[str, Any] = {}
     for key, value in report.items():
-        if isinstance(value, dict):
-            found |= _numbers(f"{prefix}/{key}", value)
-        elif isinstance(value, int | float):
-            found[f"{prefix}/{key}"] = value
-    return found
+        name = f"{prefix}/{key}"
+        found |= _numbers(name, value) if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}

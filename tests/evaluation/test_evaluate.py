@@ -9,6 +9,7 @@ from helpers.pipeline import TINY
 from helpers.training import CPU
 
 from modeling.build import build_model
+from modeling.evaluation import fid
 from modeling.inference.device import Compute
 from modeling.reliability.errors import ConfigError
 from modeling.stages import evaluate, prepare, train
@@ -38,7 +39,7 @@ def test_quality_is_measured_and_says_how(stage, pixels, tmp_path, monkeypatch, 
     stage(train)
     with monkeypatch.context() as patch:
         loaded = []
-        patch.setattr(evaluate, "load_inception", lambda *arguments: loaded.append(arguments) or pixels)
+        patch.setattr(fid, "load_inception", lambda *arguments: loaded.append(arguments) or pixels)
         local = ["evaluation.fid_samples=10", "evaluation.inception_weights=w", "evaluation.inception_sha256=01234567"]
         stage(evaluate, *local)
         quality = report()["quality"]
@@ -79,7 +80,7 @@ def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
         folders.append(folder)
         raise Enough
 
-    monkeypatch.setattr(evaluate, "kept_samples", kept)
+    monkeypatch.setattr(fid, "kept_samples", kept)
 
     config = load(*TINY, "evaluation.fid_samples=12")
 
