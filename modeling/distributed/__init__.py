@@ -1,1 +1,1 @@
-"""Several processes: who starts them, how they find each other, and what they exchange."""
+"""Several processes: how they are started, how they find each other, and what they exchange."""

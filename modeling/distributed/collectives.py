@@ -1,29 +1,34 @@
-"""The group of a job's processes and its collectives, which no other module calls.
+"""The process group: how the processes of a job find each other, and all collectives of the project.
 
-Every function is right in a single process too, where it does nothing. All of them must be called by all processes, in
-the same order. Randomness is not shared out here: every process knows what is drawn for the whole batch or for sample
-k, and takes its share. Tensors of the CPU travel by gloo, those of CUDA by NCCL: a flag costs no wait for the device.
+Every function also works in a single process. All processes must call it, in the same order. Random numbers are never
+exchanged: each process knows those of the whole batch, or of sample k, and takes its share. CPU tensors use gloo, CUDA
+tensors use NCCL, so a flag never waits for the device.
 """
 
 import io
 import os
+import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from modeling.distributed.rendezvous import TIMEOUT, connect, prepare_machine
-from modeling.reliability.errors import ConnectionLost, Stopped, UserError, short
-from modeling.reliability.signals import stop_workers
+from modeling.reliability.errors import ConnectionLost, Stopped, UserError, require, short
+from modeling.reliability.signals import JOB, stop_workers
 
 T = TypeVar("T")
+TIMEOUT = timedelta(hours=6)  # for what one process does alone, such as a download; a dead process is noticed at once
 
 
 def rank() -> int:
-    """Of this process, in [0, world_size())."""
+    """The index of this process, in [0, world_size())."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -38,29 +43,62 @@ def is_first() -> bool:
 
 
 def share(n: int) -> range:
-    """Which of n things are this process's: contiguous, and the shares of any two differ by at most one thing."""
+    """The indices of n items that this process works on: contiguous, and any two shares differ by at most one item."""
     return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """Within the context, the processes that torchrun or the launcher has started, if it has, are one group.
+    """Within the context, the processes that torchrun or the launcher started, if any, form one group.
 
-    Unless `device` is cpu, every process of a machine takes a CUDA device of its own, where there are any.
+    Unless `device` is cpu, every process of a machine with CUDA takes a device of its own.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     cuda = device != "cpu" and torch.cuda.is_available()
-    prepare_machine(cuda)
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    if cuda:
+        have = torch.cuda.device_count()
+        allowed = f"this machine has {have} CUDA devices, one for each process; allowed are 1 to {have}, or device=cpu"
+        require(have >= local, "trainer.nproc", local, allowed)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink SHARP's sums differ from call to call
+    if local == int(os.environ["WORLD_SIZE"]):
+        # gloo looks up the host name, which may not resolve; a single machine needs no network.
+        loopback = (name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", next(loopback, ""))
     with _connection():
         store, index, size = connect()
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=TIMEOUT)
     yield
-    # Not after a failure: it would wait for what is gone.
+    # Not after a failure: it would wait for a process that has ended.
     barrier()
     dist.destroy_process_group()
+
+
+def connect() -> tuple[Any, int, int]:
+    """A store that only this start of the job uses, the rank and the number of processes; waits for all of them.
+
+    After a restart, torchrun's store still holds what dead processes have written, and its count of restarts differs
+    from machine to machine (pytorch/pytorch#135712). So each process writes a random word, and all wait until all of
+    them see the same words. A process that sees my word is alive, so the word that it has written is valid too.
+    """
+    url = f"file://{os.environ[JOB]}/store" if JOB in os.environ else "env://"
+    store, index, size = next(rendezvous(url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT))
+    words, views = ([f"{name}/{k}" for k in range(size)] for name in ("word", "view"))
+    store.set(words[index], secrets.token_hex(8))
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < end:  # ignores requests to stop: a process that left here would leave the others waiting
+        if store.check(words):
+            seen = store.multi_get(words)
+            store.set(views[index], b" ".join(seen))
+            if store.check(views) and {*store.multi_get(views)} == {b" ".join(seen)}:
+                # Public, but torch's __init__ does not re-export it.
+                return dist.PrefixStore(seen[0].decode(), store), index, size  # type: ignore[attr-defined]
+        time.sleep(0.02)
+    raise RuntimeError("the other processes do not come")
 
 
 @contextmanager
@@ -106,10 +144,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, where alone it is called. Tensors arrive on the CPU.
-
-    Plain types and tensors only, as in a checkpoint: nothing is unpickled.
-    """
+    """Calls `make` in the first process only and returns its result, plain types and CPU tensors, in all of them."""
     if world_size() == 1:
         return make()
     value: T = _broadcast(make() if is_first() else None, 0)
@@ -117,22 +152,18 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def sharded(n: int, work: Callable[[range], Tensor]) -> Tensor:
-    """The rows 0 to n - 1 of a table, each process having made its share of them; on the CPU, in all processes.
+    """The rows 0 to n - 1 of a table on the CPU, in all processes; each of them makes its share.
 
-    Args:
-        n: number of rows.
-        work: makes the given rows, in order, on the CPU; the rows may be none. Calls no function of this module. If it
-            raises Stopped in one process, all processes raise it.
+    `work` makes the given rows, perhaps none, and calls no collective. Stopped in one process is raised in all.
     """
     if world_size() == 1:
         return work(range(n))
-    part, stopped = torch.empty(0), False
+    part = None
     try:
         part = work(share(n))
     except Stopped:
-        stopped = True
         stop_workers()  # the others need not finish their shares
-    if any_process(stopped):
+    if any_process(part is None):
         raise Stopped("stopped")
     return torch.cat([_broadcast(part, k) for k in range(world_size())])
 
@@ -141,23 +172,21 @@ def sharded_batches(n: int, batch_size: int, work: Callable[[range], Tensor], em
     """As sharded, with `work` called for at most `batch_size` rows at a time; `empty` is the table without rows."""
 
     def all_batches(rows: range) -> Tensor:
-        starts = range(rows.start, rows.stop, batch_size)
-        return torch.cat([empty, *(work(range(k, min(k + batch_size, rows.stop))) for k in starts)])
+        batches = (rows[k : k + batch_size] for k in range(0, len(rows), batch_size))
+        return torch.cat([empty, *map(work, batches)])
 
     return sharded(n, all_batches)
 
 
 def _broadcast(value: Any, source: int) -> Any:
-    """The value of the process of rank `source`, in all processes."""
-    packed = torch.empty(0, dtype=torch.uint8)
-    if rank() == source:
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        packed = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    """The value of rank `source`, in all processes; like a checkpoint it is never unpickled."""
+    buffer = io.BytesIO()
+    torch.save(value if rank() == source else None, buffer)
+    packed = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
     size = torch.tensor([len(packed)])
     with _connection():
         dist.broadcast(size, source)
-        packed = packed if rank() == source else torch.empty(int(size.item()), dtype=torch.uint8)
+        packed = packed if rank() == source else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(packed, source)
     return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
 
@@ -167,8 +196,8 @@ def check_same(tensors: Sequence[Tensor], what: str) -> None:
     if world_size() == 1:
         return
     sums = torch.stack([t.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
-    mine = (sums * torch.arange(1, len(sums) + 1)).sum().reshape(1)  # modulo 2**64
-    both = torch.cat([mine, -mine])
+    mine = (sums * torch.arange(1, len(sums) + 1)).sum()  # modulo 2**64
+    both = torch.stack([mine, -mine])
     with _connection():
         dist.all_reduce(both, dist.ReduceOp.MAX)
     if both[0] != -both[1]:

@@ -87,7 +87,7 @@ def choose_compute(device: str, precision: str, deterministic: bool = False) -> 
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")
-    # "cuda" is the current device; each of several processes has made another one current: see rendezvous.py.
+    # "cuda" is the current device; each of several processes has made another one current: see collectives.py.
     chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
     torch.use_deterministic_algorithms(deterministic)
     settings: Any = torch.utils.deterministic

@@ -23,7 +23,7 @@ from helpers.training import MODEL, Recorder, make, weights
 from PIL import Image
 
 import main as command_line
-from modeling.distributed import collectives, launcher, rendezvous
+from modeling.distributed import collectives, launcher
 from modeling.reliability import signals
 from modeling.reliability.errors import ConfigError
 
@@ -438,6 +438,6 @@ def test_dead_processes_are_not_met_and_absent_ones_waited_for_only_so_long(tmp_
         store.set(f"view/{k}", "dead0 dead1")
     for name, value in {"MODELING_JOB": str(tmp_path), "RANK": str(rank), "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=0.1))
+    monkeypatch.setattr(collectives, "TIMEOUT", timedelta(seconds=0.1))
     with pytest.raises(RuntimeError, match="do not come"):
-        rendezvous.connect()
+        collectives.connect()
