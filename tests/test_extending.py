@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,15 +53,13 @@ def test_what_the_page_adds_works(tmp_path):
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
-    random = np.random.default_rng(0)
-    images = {
-        f"{split}_images": random.integers(0, 256, (n, 8, 8, 3), np.uint8) for split, n in (("train", 40), ("test", 16))
-    }
-    labels = {"train_labels": np.arange(40)[:, None] % 3, "test_labels": np.arange(16)[:, None] % 3}
-    np.savez(tmp_path / "images.npz", **images, **labels)
-    script = Path(__file__).parent / "helpers/extended.py"
+    random, arrays = np.random.default_rng(0), {}
+    for split, n in ("train", 40), ("test", 16):
+        arrays[f"{split}_images"] = random.integers(0, 256, (n, 8, 8, 3), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(n)[:, None] % 3
+    np.savez(tmp_path / "images.npz", **arrays)
     env = environment(copy, PYTHONPATH=str(copy), WANDB_MODE="disabled")
-    command = [sys.executable, script, tmp_path / "images.npz", tmp_path / "out"]
+    command = [sys.executable, ROOT / "tests/helpers/extended.py", tmp_path / "images.npz", tmp_path / "out"]
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -78,12 +75,12 @@ def test_what_the_page_adds_works(tmp_path):
     assert np.allclose(np.log(alphas_cumprod / (1 - alphas_cumprod)), np.linspace(13.3, -5, 20))
     # The data source.
     assert json.loads((tmp_path / "out/data/npz/data.json").read_text())["classes"] == ["0", "1", "2"]
-    assert np.array_equal(np.load(tmp_path / "out/data/npz/train.npy"), images["train_images"])
+    assert np.array_equal(np.load(tmp_path / "out/data/npz/train.npy"), arrays["train_images"])
     # The optimizer: another loss after the first step.
     assert [row["step"] for row in found["radam"]] == ["2", "4"]
     assert found["radam"][-1]["loss"] != found["adam"][-1]["loss"]
     # The metric: of images whose values are all equally likely, 2 of 256.
-    assert found["evaluate"]["saturated_of_test_images"] == np.isin(images["test_images"], (0, 255)).mean()
+    assert found["evaluate"]["saturated_of_test_images"] == np.isin(arrays["test_images"], (0, 255)).mean()
     assert 0 <= found["evaluate"]["saturated"] <= 1
     # The key of the trainer: every second of four steps updates the average.
     assert found["ema_updates"] == [2, 2]

@@ -13,12 +13,15 @@ import sys
 import time
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from helpers.configs import group
 from helpers.pipeline import ROOT, TINY, environment
+from helpers.runs import finish, saved_step
 from helpers.training import MODEL, Recorder, make, weights
 from PIL import Image
 
@@ -40,15 +43,20 @@ COMMON = [
     "optimizer.warmup_steps=0",
     "optimizer.lr=1e-3",
 ]
+LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=120", "trainer.checkpoint_every=10", "trainer.nproc=2"]
+LONG += ["trainer.log_every=50", "trainer.sample_every=1000", "trainer.evaluate_every=1000"]
+
+
+def python(root, *arguments, **changes):
+    env = environment(root, WANDB_MODE="disabled", PYTHONPATH=str(ROOT), **changes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *arguments], cwd=root, env=env, text=True, **pipes)
 
 
 def start(root, *arguments, torchrun=(), **changes):
     """A process of main.py, or of torchrun with it, whose state lies in `root` and whose outputs in `root`/out."""
-    command = [sys.executable, *(("-m", "torch.distributed.run", *torchrun) if torchrun else ())]
-    command += [str(ROOT / "main.py"), *COMMON, f"out_dir={root / 'out'}", *arguments]
-    root.mkdir(exist_ok=True)
-    env = environment(root, WANDB_MODE="disabled", PYTHONPATH=str(ROOT), **changes)
-    return subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    module = ("-m", "torch.distributed.run", *torchrun) if torchrun else ()
+    return python(root, *module, ROOT / "main.py", *COMMON, f"out_dir={root / 'out'}", *arguments, **changes)
 
 
 def ended(process, timeout=120):
@@ -89,22 +97,15 @@ def check_equal(one, other, what, record_deviation):
     pictures = [sorted((root / "out/samples").glob("*.png")) for root in (one, other)]
     assert len(pictures[0]) == len(pictures[1]) == 5
     for a, b in zip(*pictures, strict=True):
-        difference = torch.tensor(list(_pixels(a))).int() - torch.tensor(list(_pixels(b))).int()
-        assert difference.abs().max() <= 1  # the rounding of a value between two levels
-
-
-def _pixels(path):
-    return Image.open(path).tobytes()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        difference = np.asarray(Image.open(a), int) - np.asarray(Image.open(b), int)
+        assert abs(difference).max() <= 1  # the rounding of a value between two levels
 
 
 def two_nodes(root, *arguments, torchrun=()):
-    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    """Two groups of processes that meet by c10d on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     meet += ["--rdzv-id=test", "--local-addr=127.0.0.1", *torchrun]
     return [start(root, *arguments, torchrun=meet, GLOO_SOCKET_IFNAME="lo") for _ in range(2)]
 
@@ -134,9 +135,8 @@ def test_the_number_of_processes_changes_nothing(tmp_path, one, count, record_de
 
 
 def test_two_nodes_by_torchrun(tmp_path, one, record_deviation):
-    """Two groups of processes that meet by c10d on this machine; micro-batches that do not divide the share."""
-    arguments = ["model.dropout=0", "trainer.micro_batch_size=3"]
-    results = [ended(node) for node in two_nodes(tmp_path, *arguments)]
+    """With micro-batches that do not divide the share."""
+    results = [ended(node) for node in two_nodes(tmp_path, "model.dropout=0", "trainer.micro_batch_size=3")]
     assert [code for code, _, _ in results] == [0, 0], results
     check_equal(one, tmp_path, "two nodes, micro-batches of 3", record_deviation)
 
@@ -168,12 +168,11 @@ def test_no_two_parts_of_a_step_drop_the_same(tmp_path):
     assert len(states) == 2 and not torch.equal(*states)
 
 
-LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=120", "trainer.checkpoint_every=10", "trainer.nproc=2"]
-LONG += ["trainer.log_every=50", "trainer.sample_every=1000", "trainer.evaluate_every=1000"]
-
-
-def newest(root):
-    return max((int(path.stem[5:]) for path in root.glob("runs/*/step-*.pt")), default=0)
+def wait_for_step(root, step, *processes):
+    """Waits for a checkpoint of at least this step."""
+    while saved_step(root, "") < step:
+        assert all(process.poll() is None for process in processes), [ended(process) for process in processes]
+        time.sleep(0.02)
 
 
 def workers(process):
@@ -184,10 +183,7 @@ def workers(process):
 
 def disturbed(root, process, victim, sent):
     """Sends a signal to rank `victim`, or to the process itself if it is None, after the next checkpoint."""
-    before = newest(root)
-    while newest(root) <= before:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for_step(root, saved_step(root, "") + 1, process)
     ranks = workers(process)
     assert all(os.getsid(rank.pid) == rank.pid for rank in ranks)  # a terminal's Ctrl-C reaches none of them itself
     (ranks[victim] if victim is not None else process).send_signal(sent)
@@ -213,7 +209,7 @@ def test_stops_and_deaths_lose_nothing(root, tmp_path):
         found, stdout, stderr = disturbed(root, start(root, *LONG), victim, sent)
         assert found == code, stdout + stderr
         assert line is None or re.fullmatch(line, stderr.strip()), stderr  # one line
-    kept = newest(root)
+    kept = saved_step(root, "")
     assert f"going on after step {kept}" in main(root, *LONG) and 0 < kept < 120
     for name in ("models/model.safetensors", "reports/train.csv"):
         assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes(), name
@@ -222,9 +218,7 @@ def test_stops_and_deaths_lose_nothing(root, tmp_path):
 def test_the_second_signal_ends_all_processes_at_once(root):
     """One of them hangs, so the other waits for it, and the first signal cannot be heeded."""
     process = start(root, *LONG)
-    while newest(root) < 10:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for_step(root, 10, process)
     ranks = workers(process)
     ranks[1].suspend()
     process.send_signal(signal.SIGTERM)
@@ -244,12 +238,10 @@ def test_another_number_of_processes_goes_on(root, one, record_deviation):
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(root):
-    """Two groups of processes, each with an agent that counts its own restarts; a process of the second group dies."""
+    """Each of two agents counts its own restarts; a process of the second one dies."""
     arguments = [a for a in LONG if "nproc" not in a] + ["trainer.resume=never", "trainer.steps=60"]
     agents = two_nodes(root, *arguments, torchrun=["--max-restarts=2"])
-    while newest(root) < 20:
-        assert all(agent.poll() is None for agent in agents), [ended(agent) for agent in agents]
-        time.sleep(0.02)
+    wait_for_step(root, 20, *agents)
     workers(agents[-1])[-1].kill()
     results = [ended(agent) for agent in agents]
     assert all(code == 0 for code, _, _ in results), results
@@ -263,19 +255,14 @@ ONE_LINE = {
     "trainer.batch_size=9 trainer.nproc=2": "error: trainer.batch_size=9: must be divisible by the 2 processes",
     "trainer.nproc=0": "error: trainer.nproc=0: must be greater than 0",
     "trainer.micro_batch_size=0": "error: trainer.micro_batch_size=0: must be at least 1",
-    "--multirun seed=1,2 trainer.nproc=2": "error: trainer.nproc=2: not with --multirun",
+    "seed=1,2 trainer.nproc=2 --multirun": "error: trainer.nproc=2: not with --multirun",
 }
 
 
 @pytest.mark.parametrize("arguments", ONE_LINE)
 def test_bad_numbers_are_one_line(tmp_path, arguments):
-    flags = [a for a in arguments.split() if a.startswith("--")]
-    rest = [a for a in arguments.split() if not a.startswith("--")]
-    command = [sys.executable, str(ROOT / "main.py"), *flags, *COMMON, "stage=train", *rest]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.stderr.startswith(ONE_LINE[arguments])
-    assert not (tmp_path / "runs").exists()
+    assert finish(tmp_path, *arguments.split(), code=2).startswith(ONE_LINE[arguments])
+    assert not (tmp_path / "root/runs").exists()
 
 
 def test_errors_of_one_rank_and_of_all_are_one_line(root):
@@ -290,39 +277,24 @@ def test_errors_of_one_rank_and_of_all_are_one_line(root):
     assert len(torch.load(bad)["x_0"]) == 8  # the whole batch, not a share
 
 
-def run_together(tmp_path, *names):
-    env = {"MODELING_JOB": str(tmp_path), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/distributed/together.py"), *names]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment(tmp_path, RANK=str(k), LOCAL_RANK=str(k), **env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for k in range(2)
-    ]
-    return [ended(process) for process in processes]
-
-
 def test_what_processes_tell_each_other(tmp_path):
     """Until one of them dies, which the other one notices."""
     names = ["exchange", "save", "quality", "stop_elsewhere", "lose"]
-    first, second = run_together(tmp_path, *names)
+    env = {"MODELING_JOB": str(tmp_path), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = (tmp_path, ROOT / "tests/distributed/together.py", *names)
+    first, second = map(ended, [python(*command, RANK=str(k), LOCAL_RANK=str(k), **env) for k in range(2)])
     assert first[0] == 0 and first[1].split() == names, first
     assert second[0] == -signal.SIGKILL and second[1].split() == names[:-1], second
 
 
 def test_a_process_that_computes_wrongly_is_found(tmp_path, monkeypatch):
     """The checksum at a checkpoint covers the weights and their average."""
-    compared = []
-    monkeypatch.setattr(
-        "modeling.training.trainer.check_same", lambda tensors, what: compared.append((len(tensors), what))
-    )
+    check_same = Mock()
+    monkeypatch.setattr("modeling.training.trainer.check_same", check_same)
     trainer = make(tmp_path, Recorder(), steps=4)
     trainer.run()
-    assert compared == [(2 * len(trainer.parameters), "the weights after step 4")]
+    ((tensors, what),) = [call.args for call in check_same.call_args_list]
+    assert len(tensors) == 2 * len(trainer.parameters) and what == "the weights after step 4"
 
 
 def config(**changes):

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -16,14 +17,6 @@ from modeling.reliability.errors import ConnectionLost, Stopped, UserError
 from modeling.reliability.signals import poll, stop_requests
 from modeling.training.ema import EMA
 from modeling.training.state import CheckpointFolder, TrainingState
-
-
-def raises(kind, what):
-    try:
-        what()
-    except kind as error:
-        return str(error)
-    raise AssertionError(f"no {kind.__name__}")
 
 
 def exchange(folder):
@@ -41,8 +34,8 @@ def exchange(folder):
         table = d.sharded(n, lambda rows: torch.arange(rows.start, rows.stop)[:, None] ** 2)
         assert table.flatten().tolist() == [k**2 for k in range(n)]
     d.check_same([torch.ones(3), torch.zeros(2)], "ones")
-    line = raises(UserError, lambda: d.check_same([torch.ones(3), torch.tensor([float(mine)])], "these"))
-    assert line.startswith("these differ between the processes")
+    with pytest.raises(UserError, match=r"^these differ between the processes"):
+        d.check_same([torch.ones(3), torch.tensor([float(mine)])], "these")
 
 
 def quality(folder):
@@ -84,8 +77,8 @@ def stop_elsewhere(folder):
             time.sleep(0.05)
         raise AssertionError("nobody stopped this")
 
-    with stop_requests():
-        raises(Stopped, lambda: d.sharded(4, work))
+    with stop_requests(), pytest.raises(Stopped):
+        d.sharded(4, work)
 
 
 def save(folder):
@@ -110,7 +103,8 @@ def lose(folder):
     if d.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     since = time.monotonic()
-    assert "has ended or cannot be reached" in raises(ConnectionLost, d.barrier)
+    with pytest.raises(ConnectionLost, match="has ended or cannot be reached"):
+        d.barrier()
     assert time.monotonic() - since < 10
     print("lose", flush=True)
     os._exit(0)  # the end of the group waits for both

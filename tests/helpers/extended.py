@@ -20,9 +20,9 @@ from modeling.interop.diffusers import load_diffusers
 from modeling.settings import parse_group
 
 
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
+def main(*arguments):
+    sys.argv = ["main.py", *arguments]
+    runpy.run_path("main.py", run_name="__main__")
 
 
 def euler(steps, variance):
@@ -47,16 +47,12 @@ def run(npz, out):
     typed += ["diffusion=log_snr", "sampler=euler", "trainer.ema_every=2", f"out_dir={out}"]
     for optimizer in ("adam", "radam"):
         for stage in ("prepare", "train"):
-            sys.argv = ["main.py", *typed, f"optimizer={optimizer}", "optimizer.warmup_steps=0", f"stage={stage}"]
-            runpy.run_path("main.py", run_name="__main__")
-        found[optimizer] = rows(out / "reports/train.csv")
+            main(*typed, f"optimizer={optimizer}", "optimizer.warmup_steps=0", f"stage={stage}")
+        found[optimizer] = list(csv.DictReader((out / "reports/train.csv").read_text().splitlines()))
     for stage in ("evaluate", "export"):
-        sys.argv = ["main.py", *typed, "optimizer=radam", f"stage={stage}"]
-        runpy.run_path("main.py", run_name="__main__")
+        main(*typed, "optimizer=radam", f"stage={stage}")
     found["evaluate"] = json.loads((out / "reports/evaluate.json").read_text())["evaluate"]
-    found["ema_updates"] = [
-        torch.load(path)["ema"]["num_updates"] for path in sorted(Path("runs").glob("*/step-*4.pt"))
-    ]
+    found["ema_updates"] = [torch.load(path)["ema"]["num_updates"] for path in Path("runs").glob("*/step-*4.pt")]
     read = parse_group("diffusion", load_diffusers(out / "diffusers")[1]["config"]["diffusion"])
     found["exported"] = build_schedule(read).betas.tolist()
     found["betas"] = log_snr_betas(20, 13.3, -5.0).tolist()
