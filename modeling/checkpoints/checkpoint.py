@@ -1,7 +1,7 @@
 """Rolling checkpoints of the whole training state.
 
 A checkpoint is written beside its target, read back, flushed and renamed; the two newest stay. A damaged one is skipped
-with a warning, but if all are damaged, training does not start from step 0 unasked. It holds plain types and tensors
+with a warning, but if all are damaged, training does not silently start from step 0. It holds plain types and tensors
 only, so nothing is unpickled.
 """
 

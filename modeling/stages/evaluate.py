@@ -24,7 +24,7 @@ from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import make_writable, state_root, write_atomic
 from modeling.reporting.wandb_run import WandbRun
 from modeling.settings import Config
-from modeling.stages.sample import check_sampler_of, load_for, place_trained, sample_as_asked
+from modeling.stages.sample import check_sampling, configured_samples, load_for, place_trained
 
 log = logging.getLogger(__name__)
 CPU_BPD = (1000, 20)  # test images and time steps of bits/dim on a CPU, if the configuration leaves it open
@@ -35,7 +35,7 @@ def run(config: Config, out: Path) -> None:
     """Writes reports/evaluate.json, reports/samples.png and reports/nearest.png under `out`, else raises UserError."""
     compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, data_config = load_for(config, out)
-    check_sampler_of(config, model, meta)
+    check_sampling(config, model, meta)
     data = ensure_prepared(config, data_config)
     if data.shape != meta["image_shape"]:
         sizes = f"its images are {data.shape}, those of the model {meta['image_shape']}"
@@ -46,7 +46,7 @@ def run(config: Config, out: Path) -> None:
     model = place_trained(model, config.sampler, compute)
     inception = _inception(config, compute)
     report = _likelihood(config, model, data.test, compute) | {"made_on": compute.describe()}
-    images = sample_as_asked(config, model, meta, range(config.sampler.num_samples), compute)
+    images = configured_samples(config, model, meta, range(config.sampler.num_samples), compute)
     if isinstance(inception, str):
         report["quality"] = {"left_out": inception}
     else:
@@ -131,7 +131,7 @@ def _quality(
     folder = root / "samples-for-fid" / fingerprint(drawn_with)
 
     def draw(indices: range) -> Tensor:
-        return sample_as_asked(config, model, meta, indices, compute)
+        return configured_samples(config, model, meta, indices, compute)
 
     samples = fid.kept_samples(folder, e.fid_samples, e.batch_size, draw)
     pool, logits = inception.features(samples)

@@ -42,7 +42,7 @@ def load_for(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, Any],
     return model, meta, data
 
 
-def check_sampler_of(config: Config, model: DiffusionModel, meta: dict[str, Any]) -> None:
+def check_sampling(config: Config, model: DiffusionModel, meta: dict[str, Any]) -> None:
     """Raises ConfigError, before any work, unless the model can be sampled from as the sampler group says."""
     classes = meta["classes"] if model.num_classes else []
     dropout = meta["config"].get("trainer", {}).get("label_dropout", 0.0)
@@ -58,7 +58,7 @@ def place_trained(model: DiffusionModel, sampler: SamplerConfig, compute: Comput
     return model
 
 
-def sample_as_asked(
+def configured_samples(
     config: Config, model: DiffusionModel, meta: dict[str, Any], indices: range, compute: Compute
 ) -> Tensor:
     """Samples number `indices` of the sampler group, uint8 [N, C, H, W]."""
@@ -71,12 +71,12 @@ def run(config: Config, out: Path) -> None:
     """Writes samples/00000.png and so on, and samples.png, under `out`."""
     compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, _ = load_for(config, out)
-    check_sampler_of(config, model, meta)
+    check_sampling(config, model, meta)
     model = place_trained(model, config.sampler, compute)
     folder = out / "samples"
     if is_first():
         make_writable(folder)
-    images = sample_as_asked(config, model, meta, range(config.sampler.num_samples), compute)
+    images = configured_samples(config, model, meta, range(config.sampler.num_samples), compute)
     if not is_first():
         return
     with replacing_folder(folder, owned="[0-9]*.png") as partial:

@@ -13,7 +13,7 @@ from modeling.diffusion.samplers import SAMPLERS
 from modeling.inference.images import sample_grid
 from modeling.inference.samples import SampleNoise, draw_samples
 from modeling.reliability.errors import ConfigError
-from modeling.stages.sample import check_sampler_of
+from modeling.stages.sample import check_sampling
 
 
 def draw(model, indices, name="ddim", label=None, **changes):
@@ -70,7 +70,7 @@ def test_what_a_conditional_model_cannot_be_asked_for_is_refused(changes, line):
     meta = {"image_shape": [8, 8, 3], "classes": ["a", "b"], "config": {"trainer": {"label_dropout": 0.0}}}
     sampler = group("sampler", "ddim", **{"steps": 2} | changes)
     with pytest.raises(ConfigError, match=line):
-        check_sampler_of(SimpleNamespace(sampler=sampler), network(True), meta)
+        check_sampling(SimpleNamespace(sampler=sampler), network(True), meta)
 
 
 def test_noise_of_a_sample_does_not_depend_on_the_batch():
