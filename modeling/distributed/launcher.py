@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +58,8 @@ def launch(count: int, run_dir: str, command: Sequence[str], resume: str) -> int
 
     `run_dir` is Hydra's folder of this process, `resume` is trainer.resume.
     """
+    import tempfile  # here, since every other command starts faster without it
+
     # This job may use fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads, size = str(max(1, cores // count)), str(count)
