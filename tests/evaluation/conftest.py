@@ -15,6 +15,14 @@ class Pixels(nn.Module):
 
 
 @pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Nothing is in PyTorch's cache folder, and nothing can be downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+@pytest.fixture
 def pixels(monkeypatch):
     """In place of the Inception network."""
     monkeypatch.setattr(fid, "FEATURES", [2, 3])

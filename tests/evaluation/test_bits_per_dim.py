@@ -15,6 +15,7 @@ from modeling.reliability.errors import UserError
 from modeling.stages.evaluate import _likelihood
 
 SCHEDULE = NoiseSchedule(linear_betas(60, 1e-3, 0.2))
+MODEL = optimal_model(SCHEDULE, lambda x_t, alpha_bar: x_t * alpha_bar.sqrt())
 
 
 @pytest.fixture
@@ -31,9 +32,8 @@ def test_strata_split_all_steps_but_the_first(num_timesteps, count):
 
 
 def test_bits_per_dim_of_a_part_of_the_time_steps_agrees_with_all(images):
-    model = optimal_model(SCHEDULE, lambda x_t, alpha_bar: x_t * alpha_bar.sqrt())
-    whole = bits_per_dim(model, images, 48, None, CPU)
-    part = bits_per_dim(model, images, 11, 12, CPU)
+    whole = bits_per_dim(MODEL, images, 48, None, CPU)
+    part = bits_per_dim(MODEL, images, 11, 12, CPU)
     spread = math.hypot(whole["bits_per_dim_stderr"], part["bits_per_dim_stderr"])
     assert abs(whole["bits_per_dim"] - part["bits_per_dim"]) < 4 * spread
     assert whole["bits_per_dim"] > 7.5  # uniform levels cost 8 bits
@@ -42,8 +42,7 @@ def test_bits_per_dim_of_a_part_of_the_time_steps_agrees_with_all(images):
 
 
 def test_the_held_out_loss_is_the_mean_of_its_quartiles(images):
-    model = optimal_model(SCHEDULE, lambda x_t, alpha_bar: x_t * alpha_bar.sqrt())
-    report = held_out_report(model, images, 10, CPU)
+    report = held_out_report(MODEL, images, 10, CPU)
     assert set(report["loss_by_t"]) == {"q1", "q2", "q3", "q4"} and report["loss_images"] == 48
     assert sum(report["loss_by_t"].values()) / 4 == pytest.approx(report["loss"], rel=1e-5)
 

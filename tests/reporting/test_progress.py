@@ -16,8 +16,9 @@ def test_durations():
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, caplog):
     """Runs steps 11 to `end` of 50,000, each in some seconds."""
+    caplog.set_level(logging.INFO)
 
     def run(terminal, seconds_a_step, device="cpu", end=20):
         now = [0.0]
@@ -36,22 +37,18 @@ def run(monkeypatch):
 
 
 def test_plain_lines_are_few_and_estimate_the_time(run, caplog):
-    caplog.set_level(logging.INFO)
     run(False, 6.0)
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines[0] == "going on after step 10"
-    assert lines[1] == "5.3 images/s: 3 days for 49990 steps" and "experiment=cifar10_cpu" in lines[2]
-    assert lines[3:] == ["step 16/50000: loss 0.5000, held-out 0.2500, 5.3 images/s, 3 days left"]
+    assert caplog.messages[:2] == ["going on after step 10", "5.3 images/s: 3 days for 49990 steps"]
+    assert "experiment=cifar10_cpu" in caplog.messages[2]
+    assert caplog.messages[3:] == ["step 16/50000: loss 0.5000, held-out 0.2500, 5.3 images/s, 3 days left"]
 
 
 def test_the_last_step_has_a_line(run, caplog):
-    caplog.set_level(logging.INFO)
     run(False, 0.1, end=12)
     assert caplog.messages[1:] == ["step 12/12: loss 0.5000, held-out 0.2500, 320.0 images/s, 0 s left"]
 
 
 def test_a_terminal_gets_one_live_bar(run, capsys, caplog):
-    caplog.set_level(logging.INFO)
     run(True, 3.0)
     shown = capsys.readouterr().err
     assert "20/50000" in shown and "loss 0.5000, held-out 0.2500" in shown
@@ -62,7 +59,6 @@ def test_a_terminal_gets_one_live_bar(run, capsys, caplog):
 def test_the_estimate_on_cuda_waits_for_the_device(run, monkeypatch, caplog):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
-    caplog.set_level(logging.INFO)
     run(False, 6.0, "cuda")
     assert len(waits) == 2 and "3 days for 49990 steps" in caplog.text and "long for a CPU" not in caplog.text
 

@@ -40,18 +40,9 @@ def trained(state, tmp_path_factory):
 def test_all_stages_leave_their_products(trained):
     out, done = trained
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    expected = {f"samples/{k:05}.png" for k in range(4)} | {
-        "samples.png",
-        "data/shapes/data.json",
-        "models/model.safetensors",
-        "reports/train.csv",
-        "reports/train.json",
-        "reports/curves.png",
-        "reports/samples/step-000000004.png",
-        "reports/samples.png",
-        "reports/nearest.png",
-        "reports/evaluate.json",
-    }
+    reports = ("train.csv", "train.json", "curves.png", "samples/step-000000004.png", "samples.png", "nearest.png")
+    expected = {*(f"samples/{k:05}.png" for k in range(4)), *(f"reports/{name}" for name in reports)}
+    expected |= {"samples.png", "data/shapes/data.json", "models/model.safetensors", "reports/evaluate.json"}
     assert expected <= found
     with (out / "reports/train.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -77,15 +68,8 @@ def test_wandb_holds_the_run_and_never_the_code(trained, state):
             history |= json.loads(line).get("history", {}).get("item", {})
         assert not list(folder.rglob("*.patch")) and not list(folder.rglob("*.py"))
     wanted = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images", "images_per_second", "held_out_loss")}
-    wanted |= {
-        "inputs",
-        "train/samples",
-        "evaluate/loss",
-        "evaluate/bits_per_dim",
-        "evaluate/bits_per_dim_parts/prior",
-        "evaluate/samples",
-        "evaluate/nearest",
-    }
+    wanted |= {"evaluate/loss", "evaluate/bits_per_dim", "evaluate/bits_per_dim_parts/prior"}
+    wanted |= {"inputs", "train/samples", "evaluate/samples", "evaluate/nearest"}
     missing = [key for key in wanted if not any(found == key or found.startswith(f"{key}.") for found in history)]
     assert not missing, sorted(history)
     assert "num_timesteps" in config and "artifact" in config
@@ -94,13 +78,12 @@ def test_wandb_holds_the_run_and_never_the_code(trained, state):
 def test_the_same_command_again_trains_nothing_and_publishes_the_same(trained, state, tmp_path):
     out, _ = trained
     shutil.copytree(out / "data", tmp_path / "data")
-    done = main(state, tmp_path, *TINY, f"out_dir={tmp_path}", "stage=train", WANDB_MODE="disabled")
+    command = [*TINY, f"out_dir={tmp_path}", "stage=train"]
+    done = main(state, tmp_path, *command, WANDB_MODE="disabled")
     assert done.returncode == 0 and "going on after step 4" in done.stdout
     for name in ("models/model.safetensors", "reports/train.csv"):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
-    shorter = main(
-        state, tmp_path, *TINY, f"out_dir={tmp_path}", "stage=train", "trainer.steps=2", WANDB_MODE="disabled"
-    )
+    shorter = main(state, tmp_path, *command, "trainer.steps=2", WANDB_MODE="disabled")
     assert shorter.returncode == 0 and "-upto-2" in shorter.stdout and "going on" not in shorter.stdout
 
 
@@ -199,18 +182,19 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
         shutil.copytree(trained[0] / Path(name).name, tmp_path / name)
     for name in ("taken/reports", "taken/samples"):
         (tmp_path / name).write_text("a file where a folder must be")
-    typed = arguments.split()
-    without = "data" if any(a.startswith("data=") for a in typed) else ""
+    small = spelled_out("tiny", without="data" if arguments.startswith("data=") else "")
     out = [] if "out_dir" in arguments else [f"out_dir={tmp_path}"]
     offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "CIFAR10_ROOT": "broken"}
-    small = spelled_out("tiny", without)
-    flags = [a for a in typed if a.startswith("--")]
-    command = [*flags, *small, *out, *(a for a in typed if a not in flags)]
+    command = sorted([*small, *out, *arguments.split()], key=lambda typed: not typed.startswith("--"))
     run = Launched(tmp_path / "process", command, tmp_path, offline | {"DVC_ROOT": str(tmp_path)})
     assert run.end() in (1, 2), run.printed()
     line = run.last_line()
     assert line.startswith("error: ") and BAD[arguments] in line
     assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate.json"))
+
+
+def has_code(path):
+    return any(type(node) is not ast.Expr for node in ast.parse(path.read_text()).body)
 
 
 def stages():
@@ -225,10 +209,7 @@ def test_dvc_depends_on_what_a_stage_imports(stage):
         "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'modeling'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    imported = [Path(file) for file in done.stdout.split()]
-    imported = [
-        path for path in imported if any(type(node) is not ast.Expr for node in ast.parse(path.read_text()).body)
-    ]
+    imported = [path for path in map(Path, done.stdout.split()) if has_code(path)]
     declared = [ROOT / dep for dep in stages()[stage]["deps"] if dep.startswith("modeling/")]
     assert not [path for path in imported if not any(path.is_relative_to(dep) for dep in declared)]
     assert not [dep for dep in declared if not any(path.is_relative_to(dep) for path in imported)]
@@ -254,21 +235,21 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
     env = environment(repository, WANDB_MODE="offline")
 
     def experiment(*changes):
-        sets = [word for change in (*TINY, *changes) for word in ("-S", change)]
+        common = (*TINY, "optimizer.lr=0.0625", "optimizer.warmup_steps=0")
+        sets = [word for change in (*common, *changes) for word in ("-S", change)]
         done = subprocess.run(["dvc", "exp", "run", *sets], cwd=repository, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return {stage for stage in ("prepare", "train", "evaluate") if f"Running stage '{stage}'" in done.stdout}
 
-    rate = ["optimizer.lr=0.0625", "optimizer.warmup_steps=0"]
-    assert experiment(*rate) == {"prepare", "train", "evaluate"}
+    assert experiment() == {"prepare", "train", "evaluate"}
     with (repository / "reports/train.csv").open() as file:
         assert {row["lr"] for row in csv.DictReader(file)} == {"0.0625"}
-    assert experiment(*rate, "wandb.mode=disabled") == set()
+    assert experiment("wandb.mode=disabled") == set()
     edits = {"training/ema.py": "train", "reporting/curves.py": "train", "evaluation/fid.py": "evaluate"}
     for file, repeated in edits.items():
         with (repository / "modeling" / file).open("a") as code:
             code.write("# an edit that changes no weight\n")
-        assert experiment(*rate) == {repeated}, file
-    assert experiment(*rate, "sampler.seed=5") == {"evaluate"}
+        assert experiment() == {repeated}, file
+    assert experiment("sampler.seed=5") == {"evaluate"}
     status = subprocess.run(["dvc", "status"], cwd=repository, env=env, capture_output=True, text=True)
     assert "up to date" in status.stdout
