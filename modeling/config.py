@@ -79,6 +79,7 @@ def no_such_key(key: str) -> str:
     group, _, name = key.partition(".")
     schema = GROUPS.get(group)
     choices = {} if schema is None else schema.choices or {group: schema.base}
+    # Every group is a dataclass, which its type does not say.
     keys = {choice: [f.name for f in fields(cls)] for choice, cls in choices.items()}  # type: ignore[arg-type]
     elsewhere = [choice for choice, names in keys.items() if name in names]
     if elsewhere:

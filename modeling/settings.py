@@ -37,9 +37,9 @@ def _at_least(minimum: int, null: str, affects: str = "weights") -> Any:
     return _key(lambda v: v is None or v >= minimum, f"must be at least {minimum}, or null {null}", affects)
 
 
-def affects(config: object, what: str) -> dict[str, Any]:
+def affects(config: Any, what: str) -> dict[str, Any]:
     """The keys of a group that affect `what` (see _key), with their values."""
-    keys = (f.name for f in fields(config) if f.metadata.get("affects", "weights") == what)  # type: ignore[arg-type]
+    keys = (f.name for f in fields(config) if f.metadata.get("affects", "weights") == what)
     return {key: getattr(config, key) for key in keys}
 
 

@@ -75,7 +75,7 @@ class WandbRun:
         """Catches every error of W&B's process, its network or its files: from then on, nothing is logged to W&B."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # each part of W&B has its own kinds, and none may end a training
             log.warning("W&B failed (%s): no more of this run is tracked there", short(error))
             self.run = None
 
