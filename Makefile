@@ -23,7 +23,7 @@ repository:
 	@test -e .git || { echo "no Git repository here: git init && git add -A && git commit -m start, then make demo again"; exit 1; }
 
 test: .venv/.installed
-	$(BIN)/python -m pytest --numprocesses=2 --maxschedchunk=1 --cov --cov-report=term-missing --cov-fail-under=99
+	$(BIN)/python -m pytest --numprocesses=3 --maxschedchunk=1 --cov --cov-report=term-missing --cov-fail-under=99
 	@! $(BIN)/python -c "import torch; exit(not torch.cuda.is_available())" || TEST_CUDA=1 $(BIN)/python -m pytest -m cuda
 
 # Speed against the peers, on this machine, with nothing else running: BENCH=--quick for a few minutes on two cores.

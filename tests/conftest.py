@@ -16,8 +16,12 @@ from helpers.configs import group
 from modeling.build import build_schedule
 from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
 
+LONG = ("test_processes", "test_dvc_resume", "test_pipeline", "test_kill", "test_benchmarks", "test_faults")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What takes long begins first, so that no worker is left with it alone at the end.
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.is_available():
         reason = "there is no CUDA device here" if "TEST_CUDA" in os.environ else "runs with TEST_CUDA=1"
         for item in items:

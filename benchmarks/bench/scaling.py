@@ -64,7 +64,7 @@ def processes(model: str, size: Size) -> dict[str, Any]:
             env = os.environ | {"DVC_ROOT": folder, "WANDB_MODE": "disabled"}
             subprocess.run(run, cwd=folder, env=env, check=True, capture_output=True)
             report = json.loads((Path(folder) / "reports/train.json").read_text())
-            return float(report["train"]["images_per_second"])
+            return float(report["images_per_second"])
 
     return spreads(by_turns(counts, size.rounds, train))
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from modeling.checkpoints.checkpoint import checkpoints, step_of
 from modeling.checkpoints.fingerprint import code_hash, fingerprint
 from modeling.reliability.errors import ConfigError
-from modeling.reliability.files import cannot_write, drop_partial, locked, state_root, write_atomic
+from modeling.reliability.files import cannot_write, drop_partial, locked, state_root, write_json
 from modeling.settings import Config, affects
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def read_notes(folder: Path) -> dict[str, Any]:
 
 def write_notes(folder: Path, notes: dict[str, Any]) -> None:
     """Replaces a run's run.json, else raises UserError."""
-    write_atomic(folder / "run.json", (json.dumps(notes, indent=2) + "\n").encode())
+    write_json(folder / "run.json", notes)
 
 
 def notes_of(weights_sha256: str) -> dict[str, Any]:

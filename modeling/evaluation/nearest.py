@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modeling.inference.images import image_grid
 from modeling.reliability.signals import poll
 
 CHUNK = 4096  # training images at a time
@@ -47,9 +46,3 @@ def nearest_images(queries: Tensor, images: Tensor, k: int, mirror: bool) -> Nei
 def _squared_distance(flat: Tensor, images: Tensor) -> Tensor:
     other = images.flatten(1).float()
     return flat.square().sum(1, keepdim=True) + other.square().sum(1) - 2 * flat @ other.T
-
-
-def panel(queries: Tensor, neighbours: Tensor) -> Tensor:
-    """uint8 [H', W', C]: a row for each query [N, C, H, W], itself first, then its neighbours [N, k, C, H, W]."""
-    rows = torch.cat([queries[:, None], neighbours], 1)
-    return image_grid(rows.transpose(0, 1).flatten(0, 1), rows=len(queries))

@@ -7,6 +7,7 @@ import io
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -45,6 +46,15 @@ def image_grid(images: Tensor, rows: int | None = None) -> Tensor:
 def sample_grid(images: Tensor, num_classes: int) -> Tensor:
     """Samples 0 to N - 1, uint8 [N, C, H, W], as one picture; with one row a class for a class-conditional model."""
     return image_grid(images, rows=min(num_classes, len(images)) or None)
+
+
+def cut_grid(path: Path, height: int, width: int) -> Tensor:
+    """The images of a grid that image_grid has made and save_png has written, uint8 [rows, columns, C, H, W]."""
+    with Image.open(path) as file:
+        grid = torch.from_numpy(np.asarray(file).copy())
+    tiles = grid.reshape(*grid.shape[:2], -1)[PADDING:, PADDING:]
+    tiles = tiles.unfold(0, height + PADDING, height + PADDING).unfold(1, width + PADDING, width + PADDING)
+    return tiles[..., :height, :width].contiguous()
 
 
 def png_bytes(image: Tensor) -> bytes:

@@ -1,6 +1,6 @@
 """Sets of samples: which labels, which noise, in which batches. Sample k is a function of (seed, k) alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,27 @@ class SampleNoise:
         return torch.stack([torch.randn(self.shape, generator=g, device=self.device) for g in self.generators])
 
 
+class DenoisingStrip:
+    """Watches the first batch of samples: keeps x_t of its first `count` at `frames` of the sampler's time steps."""
+
+    def __init__(self, num_timesteps: int, sampler: SamplerConfig, count: int, frames: int) -> None:
+        timesteps = timestep_subsequence(num_timesteps, sampler.steps)
+        last, frames = len(timesteps) - 1, min(frames, len(timesteps))
+        self.wanted = {timesteps[round(k * last / max(frames - 1, 1))] for k in range(frames)}
+        self.last = timesteps[-1]
+        self.count = count
+        self.frames: dict[int, Tensor] = {}  # uint8 [count, C, H, W] by time step
+        self.complete = False
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> None:
+        if self.complete:
+            return
+        step = int(t[0])
+        if step in self.wanted:
+            self.frames.setdefault(step, to_uint8(x_t[: self.count]).cpu())
+        self.complete = step == self.last
+
+
 def draw_samples(
     model: DiffusionModel,
     sampler: SamplerConfig,
@@ -37,10 +58,12 @@ def draw_samples(
     shape: Sequence[int],
     compute: Compute,
     label: int | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Samples number `indices`, each of `shape` (C, H, W): uint8 [N, C, H, W] on the CPU. All processes must call this.
 
     `label` is that of all samples of a class-conditional model; None: sample k is of class k modulo their number.
+    `watch` sees every (x_t, t) of this process's share.
     """
     timesteps = timestep_subsequence(model.schedule.num_timesteps, sampler.steps)
 
@@ -54,6 +77,8 @@ def draw_samples(
 
         def predict(x_t: Tensor, t: Tensor) -> Prediction:
             poll()
+            if watch:
+                watch(x_t, t)
             return model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
 
         abar = model.schedule.alphas_cumprod

@@ -1,14 +1,16 @@
 """Atomic files and folders: a reader finds the old content or the new, never a part. Also locks between processes."""
 
 import fcntl
+import json
 import os
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from modeling.reliability.errors import UserError, out_of_memory
 from modeling.reliability.signals import poll
@@ -53,6 +55,11 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, else raises UserError."""
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file as write_atomic does."""
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextmanager

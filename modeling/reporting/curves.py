@@ -13,8 +13,8 @@ from typing import Any
 
 from modeling.reliability.files import cannot_write, replacing, write_atomic
 
-COLUMNS = ("step", "images", "lr", "loss", "grad_norm", "held_out_loss")  # of the published file
-KEPT = (*COLUMNS, "seconds")  # of the file in the run's folder; seconds of training so far
+SERIES = ("lr", "loss", "grad_norm", "held_out_loss")  # each published in a file of its own, without gaps
+KEPT = ("step", "images", *SERIES, "seconds")  # of the file in the run's folder; seconds of training so far
 
 
 class Curves:
@@ -42,8 +42,11 @@ class Curves:
             raise cannot_write(self.path, error) from None
         return {key: float(value) for key, value in _format(row).items()}
 
-    def publish(self, path: Path) -> None:
-        _write(path, COLUMNS, self.rows())
+    def publish(self, folder: Path) -> None:
+        """Fills a folder with a file for each series: its steps and values."""
+        rows = self.rows()
+        for name in SERIES:
+            _write(folder / f"{name}.csv", ("step", name), (row for row in rows if name in row))
 
     def plot(self, path: Path) -> None:
         """Draws the training loss and the held-out loss over the steps, as a PNG."""

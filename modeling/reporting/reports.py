@@ -4,35 +4,41 @@ A killed process loses W&B's buffer, so a resumed run logs everything to W&B aga
 curves have no gap and no repeat.
 """
 
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from modeling.checkpoints.checkpoint import step_of
 from modeling.checkpoints.run_folder import Run
-from modeling.inference.images import image_grid, sample_grid, save_png
-from modeling.reliability.files import replacing_folder, write_atomic
+from modeling.inference.images import cut_grid, image_grid, sample_grid, save_png
+from modeling.reliability.files import replacing_folder, write_json
 from modeling.reporting.curves import Curves
+from modeling.reporting.pictures import save_picture
 from modeling.reporting.progress import Progress
 from modeling.reporting.wandb_run import WandbRun
 from modeling.training.trainer import Reporter
+
+FILM = (8, 8)  # samples in the film strip, and steps
 
 
 class Reports(Reporter):
     """What the trainer reports, passed on; curves and pictures are kept in the run's folder.
 
-    `examples`, uint8 [N, C, H, W], are real inputs to show; each of `num_classes` gets a row in the sample grids.
+    `examples`, uint8 [N, C, H, W], are real inputs to show; each of `classes`, those of a class-conditional model, gets
+    a row in the sample grids.
     """
 
-    def __init__(self, run: Run, progress: Progress, wandb_run: WandbRun, examples: Tensor, num_classes: int) -> None:
+    def __init__(
+        self, run: Run, progress: Progress, wandb_run: WandbRun, examples: Tensor, classes: Sequence[str]
+    ) -> None:
         self.folder = run.folder
         self.progress = progress
         self.wandb_run = wandb_run
         self.examples = examples
-        self.num_classes = num_classes
+        self.classes = classes
         self.last: dict[str, float] = {}
 
     def started(self, step: int) -> None:
@@ -70,24 +76,41 @@ class Reports(Reporter):
         self.progress.logged(step, row, seconds)
 
     def sampled(self, step: int, images: Tensor) -> None:
-        save_png(self._picture(step), sample_grid(images, self.num_classes))
+        save_png(self._picture(step), sample_grid(images, len(self.classes)))
         self.wandb_run.log({"train/samples": self._picture(step)}, step)
 
-    def publish(self, target: Path, parameters: int) -> None:
-        """Writes train.csv, train.json, curves.png and samples/ into `target`, else raises UserError."""
+    def publish(self, target: Path, about: Mapping[str, Any]) -> None:
+        """Writes metrics, details (`about` among them), curves and pictures into `target`, else raises UserError."""
         last = self.last
-        report = {
-            "loss": last["loss"],
-            "held_out_loss": last["held_out_loss"],
-            "steps": int(last["step"]),
+        metrics: dict[str, Any] = {
             "images": int(last["images"]),
-            "parameters": parameters,
-            "seconds": round(last["seconds"], 1),
             "images_per_second": round(last["images"] / last["seconds"], 1),
         }
-        self.curves.publish(target / "train.csv")
-        write_atomic(target / "train.json", (json.dumps({"train": report}, indent=2) + "\n").encode())
+        details = {
+            "steps": int(last["step"]),
+            "loss": last["loss"],
+            "held_out_loss": last["held_out_loss"],
+            "seconds": round(last["seconds"], 1),
+        }
+        write_json(target / "train.json", metrics)
+        write_json(target / "train-details.json", {**metrics, **details, **about})
+        with replacing_folder(target / "curves") as partial:
+            self.curves.publish(partial)
         self.curves.plot(target / "curves.png")
         with replacing_folder(target / "samples") as partial:
             for path in self._pictures():
                 shutil.copy(path, partial / path.name)
+        self._save_film(target / "film.png")
+
+    def _save_film(self, path: Path) -> None:
+        """The same few samples, from the same noise, at steps from the first grid to the last."""
+        found = self._pictures()
+        last = len(found) - 1
+        shown = [found[k] for k in sorted({round(k * last / (FILM[1] - 1)) for k in range(FILM[1])})]
+        height, width = self.examples.shape[2:]
+        grids = [cut_grid(each, height, width) for each in shown]
+        # A grid has a row for each class, or is filled row by row.
+        columns = [grid[:, 0] if self.classes else grid.flatten(0, 1)[: FILM[0]] for grid in grids]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        steps = [f"step {step_of(each):,}" for each in shown]
+        save_picture(path, rows, "Samples from the same noise during training (EMA weights)", self.classes, steps)

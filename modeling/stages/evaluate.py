@@ -1,7 +1,6 @@
 """Stage `evaluate`: the metrics and the sample grid of a trained model, into reports/ and into its own W&B run."""
 
 import dataclasses
-import json
 import logging
 import math
 from pathlib import Path
@@ -17,22 +16,25 @@ from modeling.distributed.collectives import is_first
 from modeling.evaluation import fid
 from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
 from modeling.evaluation.fid import Inception
-from modeling.evaluation.nearest import nearest_images, panel
+from modeling.evaluation.nearest import Neighbours, nearest_images
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import sample_grid, save_png
+from modeling.inference.samples import DenoisingStrip
 from modeling.reliability.errors import ConfigError, UserError
-from modeling.reliability.files import make_writable, state_root, write_atomic
+from modeling.reliability.files import make_writable, state_root, write_json
+from modeling.reporting.pictures import save_picture
 from modeling.reporting.wandb_run import WandbRun
 from modeling.settings import Config
-from modeling.stages.sample import check_sampling, configured_samples, load_for, place_trained
+from modeling.stages.sample import caption, check_sampling, configured_samples, load_for, place_trained, save_samples
 
 log = logging.getLogger(__name__)
 CPU_BPD = (1000, 20)  # test images and time steps of bits/dim on a CPU, if the configuration leaves it open
 NEAREST = (10, 7)  # samples in the panel, and neighbours of each
+STRIP = (8, 9)  # samples in the denoising strip, and time steps of each
 
 
 def run(config: Config, out: Path) -> None:
-    """Writes reports/evaluate.json, reports/samples.png and reports/nearest.png under `out`, else raises UserError."""
+    """Writes metrics, details and pictures into reports/ under `out`, else raises UserError."""
     compute = choose_compute(config.device, config.precision, config.deterministic)
     model, meta, data_config = load_for(config, out)
     check_sampling(config, model, meta)
@@ -46,19 +48,20 @@ def run(config: Config, out: Path) -> None:
     model = place_trained(model, config.sampler, compute)
     inception = _inception(config, compute)
     report = _likelihood(config, model, data.test, compute) | {"made_on": compute.describe()}
-    images = configured_samples(config, model, meta, range(config.sampler.num_samples), compute)
+    strip = DenoisingStrip(model.schedule.num_timesteps, config.sampler, *STRIP)
+    images = configured_samples(config, model, meta, range(config.sampler.num_samples), compute, strip)
     if isinstance(inception, str):
         report["quality"] = {"left_out": inception}
     else:
         report["quality"] = _quality(config, inception, model, meta, data, compute)
     if not is_first():
         return
-    distances, neighbours = _nearest(images, data, meta)
-    report |= distances
-    save_png(target / "samples.png", sample_grid(images, model.num_classes))
-    save_png(target / "nearest.png", neighbours)
-    write_atomic(target / "evaluate.json", (json.dumps({"evaluate": report}, indent=2) + "\n").encode())
-    pictures = {f"evaluate/{name}": target / f"{name}.png" for name in ("samples", "nearest")}
+    found, held_out = _nearest(images, data, meta)
+    report |= {"nearest_rms": found.rms[:, 0].mean().item(), "nearest_rms_of_test_images": held_out.rms.mean().item()}
+    _save_pictures(target, images, found, strip, config, model, meta)
+    write_json(target / "evaluate-details.json", report)
+    write_json(target / "evaluate.json", _metrics(report))
+    pictures = {f"evaluate/{name}": target / f"{name}.png" for name in ("samples", "nearest", "denoising")}
     _log_to_wandb(config, meta, _numbers("evaluate", report) | pictures)
     log.info("metrics and samples: %s", target)
 
@@ -85,16 +88,44 @@ def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, com
     return report
 
 
-def _nearest(images: Tensor, data: Prepared, meta: dict[str, Any]) -> tuple[dict[str, float], Tensor]:
-    """The distance of samples to training images, beside that of as many test images; and the panel."""
-    count, k = NEAREST
-    mirror = bool(meta["config"].get("trainer", {}).get("random_flip", False))
+def _nearest(images: Tensor, data: Prepared, meta: dict[str, Any]) -> tuple[Neighbours, Neighbours]:
+    """The training images nearest to samples, and the one nearest to each of as many test images."""
     train = data.train.images
-    found = nearest_images(images, train, min(k, len(train)), mirror)
-    held_out = nearest_images(data.test.images[: len(images)], train, 1, mirror)
-    distances = {"nearest_rms": found.rms, "nearest_rms_of_test_images": held_out.rms}
-    means = {name: rms[:, 0].mean().item() for name, rms in distances.items()}
-    return means, panel(images[:count], found.images[:count])
+    mirror = bool(meta["config"].get("trainer", {}).get("random_flip", False))
+    found = nearest_images(images, train, min(NEAREST[1], len(train)), mirror)
+    return found, nearest_images(data.test.images[: len(images)], train, 1, mirror)
+
+
+def _metrics(report: dict[str, Any]) -> dict[str, float]:
+    """What tells which model is best; DVC makes a column of each."""
+    quality = report["quality"]
+    names = {"loss": "held_out_loss", "bits_per_dim": "bits_per_dim", "bits_per_dim_stderr": "bits_per_dim_stderr"}
+    fids = {key: value for key, value in quality.items() if key.startswith("fid")}
+    return {name: report[key] for key, name in names.items()} | fids
+
+
+def _save_pictures(
+    target: Path,
+    images: Tensor,
+    found: Neighbours,
+    strip: DenoisingStrip,
+    config: Config,
+    model: DiffusionModel,
+    meta: dict[str, Any],
+) -> None:
+    about = caption(config, meta)
+    save_samples(target / "samples.png", images, config, model, meta)
+    save_png(target / "samples-plain.png", sample_grid(images, model.num_classes))
+    count = min(NEAREST[0], len(images))
+    rows = [[images[k], *found.images[k]] for k in range(count)]
+    distances = [["", *(f"{rms:.1f}" for rms in found.rms[k].tolist())] for k in range(count)]
+    columns = ["sample", *(f"nearest {k + 1}" for k in range(found.rms.shape[1]))]
+    text = "Each sample and the nearest training images; below, the root mean square difference in levels of 255. "
+    save_picture(target / "nearest.png", rows, text + about, columns=columns, below=distances)
+    steps = sorted(strip.frames, reverse=True)
+    rows = [[*(strip.frames[t][k] for t in steps), images[k]] for k in range(min(strip.count, len(images)))]
+    text = "From noise to samples: x_t at time steps t, and x_0. "
+    save_picture(target / "denoising.png", rows, text + about, columns=[*(f"t = {t}" for t in steps), "x_0"])
 
 
 def _inception(config: Config, compute: Compute) -> Inception | str:

@@ -4,6 +4,8 @@ The network comes from the model file; groups that the user named must agree wit
 """
 
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from modeling.checkpoints.model_file import load_trained, requested_variance
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first
 from modeling.inference.device import Compute, choose_compute
-from modeling.inference.images import png_bytes, sample_grid, save_png
+from modeling.inference.images import png_bytes
 from modeling.inference.samples import draw_samples
 from modeling.reliability.files import make_writable, replacing_folder, state_root
 from modeling.reliability.signals import poll
+from modeling.reporting.pictures import in_rows, save_picture
 from modeling.settings import Config, DataConfig, SamplerConfig, parse_group
 
 log = logging.getLogger(__name__)
@@ -59,12 +62,33 @@ def place_trained(model: DiffusionModel, sampler: SamplerConfig, compute: Comput
 
 
 def configured_samples(
-    config: Config, model: DiffusionModel, meta: dict[str, Any], indices: range, compute: Compute
+    config: Config,
+    model: DiffusionModel,
+    meta: dict[str, Any],
+    indices: range,
+    compute: Compute,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Samples number `indices` of the sampler group, uint8 [N, C, H, W]."""
+    """Samples number `indices` of the sampler group, uint8 [N, C, H, W]; `watch` as in draw_samples."""
     height, width, channels = meta["image_shape"]
     label = None if config.sampler.label is None else meta["classes"].index(config.sampler.label)
-    return draw_samples(model, config.sampler, indices, (channels, height, width), compute, label)
+    return draw_samples(model, config.sampler, indices, (channels, height, width), compute, label, watch)
+
+
+def save_samples(path: Path, images: Tensor, config: Config, model: DiffusionModel, meta: dict[str, Any]) -> None:
+    """Writes the samples as one captioned picture, with a row for each class of a class-conditional model."""
+    classes = meta["classes"] if model.num_classes and config.sampler.label is None else []
+    save_picture(path, in_rows(images, len(classes)), caption(config, meta), rows=classes[: len(images)])
+
+
+def caption(config: Config, meta: dict[str, Any]) -> str:
+    """What samples are of: the experiment, or else the model; its steps; the sampler and its seed."""
+    recipe, s = meta["config"], config.sampler
+    parts = [os.environ.get("DVC_EXP_NAME") or " ".join(recipe[k]["name"] for k in ("data", "model") if k in recipe)]
+    if "trainer" in recipe:  # a foreign model does not say how it was trained
+        parts.append(f"{meta['steps']:,} steps of {recipe['trainer']['batch_size']} images")
+    parts.append(f"{s.name}, {s.steps} steps" + (f", guidance {s.guidance_scale:g}" if s.guidance_scale != 1 else ""))
+    return ", ".join([*parts, *([s.label] if s.label else []), f"seed {s.seed}"])
 
 
 def run(config: Config, out: Path) -> None:
@@ -83,5 +107,5 @@ def run(config: Config, out: Path) -> None:
         for k, image in enumerate(images):
             poll()
             (partial / f"{k:05}.png").write_bytes(png_bytes(image.permute(1, 2, 0)))
-    save_png(out / "samples.png", sample_grid(images, model.num_classes if config.sampler.label is None else 0))
+    save_samples(out / "samples.png", images, config, model, meta)
     log.info("%d samples: %s, grid: %s", len(images), folder, out / "samples.png")

@@ -1,7 +1,7 @@
 """Stage `train`: connects data, model, checkpoints, progress and W&B to the Trainer, and publishes the results.
 
 The working state is in the folder of the run, see checkpoints/run_folder.py. The outputs: models/model.safetensors (EMA
-weights and the configuration), reports/train.csv, train.json, curves.png and samples/.
+weights and the configuration), and in reports/ train.json, train-details.json, curves/, curves.png, samples/, film.png.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     wandb_run = WandbRun(config.wandb, resolved, run.notes["wandb_id"], name, state_root())
     progress = Progress(config.trainer.steps, config.trainer.batch_size, compute.device)
     shown = BatchSource(data.train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
-    reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), model.num_classes)
+    reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), data.classes if model.num_classes else [])
     parameters = sum(p.numel() for p in model.parameters())
     _announce(config, compute, data, parameters, run.folder)
     wandb_run.artifact("config", "config", run.folder / "config.yaml")
@@ -92,7 +92,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         wandb_run.finish(exit_code)
     sha256 = save_model(out / "models" / "model.safetensors", trainer.ema.model.state_dict(), about)
     write_notes(run.folder, run.notes | {"weights_sha256": sha256})  # how evaluation finds the W&B run of a model
-    reports.publish(out / "reports", parameters)
+    reports.publish(out / "reports", {"parameters": parameters, "made_on": compute.describe()})
     log.info("model: %s; curves and samples: %s", out / "models" / "model.safetensors", out / "reports")
 
 

@@ -1,6 +1,5 @@
 """Several processes: real ones, started by the launcher and by torchrun, against one process."""
 
-import csv
 import dataclasses
 import json
 import os
@@ -21,7 +20,7 @@ import pytest
 import torch
 from helpers.configs import group
 from helpers.pipeline import ROOT, TINY, environment
-from helpers.runs import finish, saved_step
+from helpers.runs import curves, finish, saved_step
 from helpers.training import MODEL, Recorder, make, weights
 from PIL import Image
 
@@ -74,11 +73,6 @@ def main(root, *arguments, **more):
     return stdout
 
 
-def rows(root):
-    with (root / "out/reports/train.csv").open() as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
 def numbers(value):
     if isinstance(value, dict):
         return [number for part in value.values() for number in numbers(part)]
@@ -87,12 +81,14 @@ def numbers(value):
 
 def check_equal(one, other, what, record_deviation):
     """Losses and metrics to float tolerance; the very same pictures."""
-    assert len(rows(one)) == len(rows(other)) > 0
-    for row, expected in zip(rows(other), rows(one), strict=True):
-        assert row == pytest.approx(expected, rel=2e-4)
-        record_deviation(f"one process: losses of {what}", abs(row["loss"] / expected["loss"] - 1))
-        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    reports = [numbers(json.loads((root / "out/reports/evaluate.json").read_text())) for root in (one, other)]
+    found, expected = curves(other / "out"), curves(one / "out")
+    assert found.keys() == expected.keys() and found["loss"]
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], rel=2e-4)
+    for step, loss in expected["loss"].items():
+        record_deviation(f"one process: losses of {what}", abs(found["loss"][step] / loss - 1))
+        assert found["loss"][step] == pytest.approx(loss, rel=1e-5)
+    reports = [numbers(json.loads((root / "out/reports/evaluate-details.json").read_text())) for root in (one, other)]
     assert reports[1] == pytest.approx(reports[0], rel=1e-3)
     pictures = [sorted((root / "out/samples").glob("*.png")) for root in (one, other)]
     assert len(pictures[0]) == len(pictures[1]) == 5
@@ -211,8 +207,9 @@ def test_stops_and_deaths_lose_nothing(root, tmp_path):
         assert line is None or re.fullmatch(line, stderr.strip()), stderr  # one line
     kept = saved_step(root, "")
     assert f"going on after step {kept}" in main(root, *LONG) and 0 < kept < 120
-    for name in ("models/model.safetensors", "reports/train.csv"):
-        assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes(), name
+    name = "models/model.safetensors"
+    assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes()
+    assert curves(root / "out") == curves(calm / "out")
 
 
 def test_the_second_signal_ends_all_processes_at_once(root):
@@ -248,7 +245,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(root):
     stdout, stderr = ("".join(result[k] for result in results) for k in (1, 2))
     assert re.search(r"going on after step [2-5]0", stdout), stdout
     assert stderr.count("another process of this job has ended") <= 1
-    assert rows(root)[-1]["step"] == 60
+    assert max(curves(root / "out")["loss"]) == 60
 
 
 ONE_LINE = {

@@ -31,7 +31,7 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
     """With a local file; again, from what was kept; and without a network, left out with the reason."""
 
     def report():
-        return json.loads((tmp_path / "reports/evaluate.json").read_text())["evaluate"]
+        return json.loads((tmp_path / "reports/evaluate-details.json").read_text())
 
     caplog.set_level("INFO")
     stage(prepare)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling.evaluation.nearest import nearest_images, panel
+from modeling.evaluation.nearest import nearest_images
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -25,12 +25,3 @@ def test_nearest_images_is_an_exact_search(mirror, generator):
     for n, k in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
         index = found.indices[n, k]
         assert torch.equal(found.images[n, k], forms[form[n, index]][index])
-
-
-def test_a_panel_has_a_row_for_each_query(generator):
-    images = torch.randint(0, 256, (3, 5, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    picture = panel(images[:, 0], images[:, 1:])
-    assert picture.shape == (3 * 6 + 2, 5 * 6 + 2, 3)
-    for n, k in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
-        place = picture[6 * n + 2 : 6 * n + 6, 6 * k + 2 : 6 * k + 6]
-        assert torch.equal(place, images[n, k].permute(1, 2, 0))

@@ -3,7 +3,6 @@
 python extended.py <file.npz> <output folder>, in the copy, which is the first on PYTHONPATH. One process for all of it.
 """
 
-import csv
 import json
 import math
 import runpy
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from helpers.runs import curves
 from modeling.build import build_schedule
 from modeling.diffusion.model import Prediction
 from modeling.diffusion.samplers import euler_sample, timestep_subsequence
@@ -48,10 +48,10 @@ def run(npz, out):
     for optimizer in ("adam", "radam"):
         for stage in ("prepare", "train"):
             main(*typed, f"optimizer={optimizer}", "optimizer.warmup_steps=0", f"stage={stage}")
-        found[optimizer] = list(csv.DictReader((out / "reports/train.csv").read_text().splitlines()))
+        found[optimizer] = curves(out)
     for stage in ("evaluate", "export"):
         main(*typed, "optimizer=radam", f"stage={stage}")
-    found["evaluate"] = json.loads((out / "reports/evaluate.json").read_text())["evaluate"]
+    found["evaluate"] = json.loads((out / "reports/evaluate-details.json").read_text())
     found["ema_updates"] = [torch.load(path)["ema"]["num_updates"] for path in Path("runs").glob("*/step-*4.pt")]
     read = parse_group("diffusion", load_diffusers(out / "diffusers")[1]["config"]["diffusion"])
     found["exported"] = build_schedule(read).betas.tolist()

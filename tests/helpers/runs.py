@@ -1,5 +1,6 @@
 """Training runs of the real command line that finish in seconds, and what they leave on the disk."""
 
+import csv
 import hashlib
 
 from safetensors.torch import load_file
@@ -49,9 +50,19 @@ def saved_step(folder, root="root"):
     return max(map(step_of, (folder / root / "runs").glob("*/step-*.pt")), default=0)
 
 
+def curves(out):
+    """The published series: the value at each step, by name."""
+    found = {}
+    for path in (out / "reports/curves").iterdir():
+        with path.open() as file:
+            found[path.stem] = {int(row["step"]): float(row[path.stem]) for row in csv.DictReader(file)}
+    return found
+
+
 def hashes(out):
     """The hash of each published file that is the same in equal runs."""
-    files = [p for p in out.rglob("*") if p.is_file() and p.name != "train.json" and not p.name.startswith(".")]
+    timed = ("train.json", "train-details.json")
+    files = [p for p in out.rglob("*") if p.is_file() and p.name not in timed and not p.name.startswith(".")]
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

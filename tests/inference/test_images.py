@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.inference.images import image_grid, save_png, to_model, to_uint8
+from modeling.inference.images import cut_grid, image_grid, save_png, to_model, to_uint8
 
 
 def test_every_byte_survives_the_round_trip():
@@ -24,6 +24,13 @@ def test_a_grid_is_filled_row_by_row_or_with_given_rows_column_by_column(rows, p
         expected[4 * row + 2 : 4 * row + 4, 5 * column + 2 : 5 * column + 5] = 10 * k
     assert torch.equal(grid, expected)
     assert image_grid(images, rows=3).shape == (14, 7, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_is_cut_into_its_images(channels, tmp_path, generator):
+    images = torch.randint(0, 256, (6, channels, 2, 3), dtype=torch.uint8, generator=generator)
+    save_png(tmp_path / "x.png", image_grid(images, rows=2))
+    assert torch.equal(cut_grid(tmp_path / "x.png", 2, 3).transpose(0, 1).flatten(0, 1), images)
 
 
 def test_png_round_trip(tmp_path):

@@ -49,13 +49,17 @@ def test_a_damaged_header_drops_all_rows(path):
     assert Curves(path, 9).rows() == []
 
 
-def test_the_published_file_has_no_times_and_the_picture_both_curves(path, tmp_path):
+def test_each_published_series_is_without_gaps_and_times_and_the_picture_has_both_losses(path, tmp_path):
     curves = Curves(path, 9)
     curves.add({"step": 4, "images": 4, "lr": 0.1, "held_out_loss": 0.5, "seconds": 4})
-    curves.publish(tmp_path / "published.csv")
-    lines = (tmp_path / "published.csv").read_text().splitlines()
-    assert lines[0] == "step,images,lr,loss,grad_norm,held_out_loss" and lines[1] == "1,1,0.1,1,2,"
-    assert lines[-1] == "4,4,0.1,,,0.5" and len(lines) == 5
+    curves.publish(tmp_path / "curves")
+    published = {file.stem: file.read_text().split() for file in (tmp_path / "curves").iterdir()}
+    assert published == {
+        "lr": ["step,lr", "1,0.1", "2,0.1", "3,0.1", "4,0.1"],
+        "loss": ["step,loss", "1,1", "2,0.5", "3,0.333333333"],
+        "grad_norm": ["step,grad_norm", "1,2", "2,2", "3,2"],
+        "held_out_loss": ["step,held_out_loss", "4,0.5"],
+    }
     curves.plot(tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size == (840, 480)
 

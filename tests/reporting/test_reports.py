@@ -31,7 +31,7 @@ def process(tmp_path):
     def process():
         examples = torch.zeros(4, 1, 4, 4, dtype=torch.uint8)
         progress = Progress(6, 2, torch.device("cpu"))
-        return Reports(SimpleNamespace(folder=tmp_path), progress, Logged(), examples, 2)
+        return Reports(SimpleNamespace(folder=tmp_path), progress, Logged(), examples, ["a", "b"])
 
     return process
 
@@ -51,7 +51,7 @@ def train(reports, start, last):
 def test_a_resumed_run_logs_the_same_to_wandb_and_publishes_the_same(process, tmp_path):
     whole = process()
     train(whole, 0, 6)
-    whole.publish(tmp_path / "whole", 7)
+    whole.publish(tmp_path / "whole", {"parameters": 7})
     assert whole.wandb_run.steps[0] == [{"inputs": (14, 14)}]
     values = {"train/images": 6, "train/lr": 0.1, "train/loss": 0.333333333, "train/grad_norm": 1}
     values |= {"train/held_out_loss": 0.123456789, "train/images_per_second": pytest.approx(6 / 0.9)}
@@ -64,12 +64,14 @@ def test_a_resumed_run_logs_the_same_to_wandb_and_publishes_the_same(process, tm
     resumed = process()
     train(resumed, 4, 6)
     assert resumed.wandb_run.steps == whole.wandb_run.steps
-    resumed.publish(tmp_path / "resumed", 7)
+    resumed.publish(tmp_path / "resumed", {"parameters": 7})
     names = {path.name for path in (tmp_path / "resumed/samples").iterdir()}
     assert names == {f"step-00000000{step}.png" for step in (2, 4, 6)}
     for path in (tmp_path / "whole").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "resumed" / path.relative_to(tmp_path / "whole")).read_bytes()
-    assert json.loads((tmp_path / "resumed/train.json").read_text())["train"] == {
-        **{"loss": 1 / 6, "held_out_loss": 0.1234567890123, "steps": 6, "images": 12, "parameters": 7},
-        **{"seconds": 1.8, "images_per_second": 6.7},
-    }
+    read = {name: json.loads((tmp_path / f"resumed/{name}.json").read_text()) for name in ("train", "train-details")}
+    assert read["train"] == {"images": 12, "images_per_second": 6.7}
+    details = {"loss": 1 / 6, "held_out_loss": 0.1234567890123, "steps": 6, "seconds": 1.8, "parameters": 7}
+    assert read["train-details"] == read["train"] | details
+    film = Image.open(tmp_path / "resumed/film.png")
+    assert film.width >= 640  # the first image of two classes, at three steps

@@ -1,7 +1,6 @@
 """End to end, through the real command line, DVC and W&B's offline files."""
 
 import ast
-import csv
 import json
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from diffusers import DDPMPipeline
 from helpers.configs import group
 from helpers.pipeline import ROOT, TINY, copy_repository, environment, main, spelled_out
 from helpers.processes import Launched
+from helpers.runs import curves
 from PIL import Image
 
 from modeling.checkpoints.fingerprint import PACKAGE, imported_files
@@ -40,18 +40,21 @@ def trained(state, tmp_path_factory):
 def test_all_stages_leave_their_products(trained):
     out, done = trained
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    reports = ("train.csv", "train.json", "curves.png", "samples/step-000000004.png", "samples.png", "nearest.png")
+    reports = {f"curves/{name}.csv" for name in ("loss", "held_out_loss", "lr", "grad_norm")}
+    reports |= {"train.json", "train-details.json", "curves.png", "samples/step-000000004.png", "film.png"}
+    reports |= {"evaluate.json", "evaluate-details.json", "samples.png", "nearest.png", "denoising.png"}
     expected = {*(f"samples/{k:05}.png" for k in range(4)), *(f"reports/{name}" for name in reports)}
-    expected |= {"samples.png", "data/shapes/data.json", "models/model.safetensors", "reports/evaluate.json"}
+    expected |= {"samples.png", "data/shapes/data.json", "models/model.safetensors"}
     assert expected <= found
-    with (out / "reports/train.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["2", "4"] and rows[-1]["images"] == "16"
-    train = json.loads((out / "reports/train.json").read_text())["train"]
-    assert train["held_out_loss"] == pytest.approx(float(rows[-1]["held_out_loss"]), rel=1e-6)
-    evaluate = json.loads((out / "reports/evaluate.json").read_text())["evaluate"]
+    found = {path.stem: json.loads(path.read_text()) for path in (out / "reports").glob("*.json")}
+    series, train, evaluate = curves(out), found["train-details"], found["evaluate-details"]
+    assert series["loss"].keys() == series["lr"].keys() == {2, 4}
+    assert train["held_out_loss"] == pytest.approx(series["held_out_loss"][4], rel=1e-6)
     assert evaluate["loss"] == pytest.approx(train["held_out_loss"], rel=1e-4)  # 16 images both times, EMA both times
     assert sum(evaluate["bits_per_dim_parts"].values()) == pytest.approx(evaluate["bits_per_dim"])
+    assert found["train"] == {"images": 16, "images_per_second": train["images_per_second"]}
+    bound = {key: evaluate[key] for key in ("bits_per_dim", "bits_per_dim_stderr")}
+    assert found["evaluate"] == {"held_out_loss": evaluate["loss"]} | bound
     assert Image.open(out / "samples/00000.png").size == (8, 8)
     assert "parameters" in done.stdout and "wandb leet" in done.stdout
 
@@ -81,8 +84,8 @@ def test_the_same_command_again_trains_nothing_and_publishes_the_same(trained, s
     command = [*TINY, f"out_dir={tmp_path}", "stage=train"]
     done = main(state, tmp_path, *command, WANDB_MODE="disabled")
     assert done.returncode == 0 and "going on after step 4" in done.stdout
-    for name in ("models/model.safetensors", "reports/train.csv"):
-        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    name = "models/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (out / name).read_bytes() and curves(tmp_path) == curves(out)
     shorter = main(state, tmp_path, *command, "trainer.steps=2", WANDB_MODE="disabled")
     assert shorter.returncode == 0 and "-upto-2" in shorter.stdout and "going on" not in shorter.stdout
 
@@ -190,7 +193,7 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     assert run.end() in (1, 2), run.printed()
     line = run.last_line()
     assert line.startswith("error: ") and BAD[arguments] in line
-    assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate.json"))
+    assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate*.json"))
 
 
 def has_code(path):
@@ -242,8 +245,7 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
         return {stage for stage in ("prepare", "train", "evaluate") if f"Running stage '{stage}'" in done.stdout}
 
     assert experiment() == {"prepare", "train", "evaluate"}
-    with (repository / "reports/train.csv").open() as file:
-        assert {row["lr"] for row in csv.DictReader(file)} == {"0.0625"}
+    assert set(curves(repository)["lr"].values()) == {0.0625}
     assert experiment("wandb.mode=disabled") == set()
     edits = {"training/ema.py": "train", "reporting/curves.py": "train", "evaluation/fid.py": "evaluate"}
     for file, repeated in edits.items():
