@@ -83,11 +83,12 @@ def test_no_function_takes_many_arguments():
 @pytest.mark.parametrize("name", REGISTRIES)
 def test_registry_settings_and_conf_have_the_same_choices(name):
     schema = GROUPS[name]
-    files = {path.stem: path for path in (ROOT / "conf" / name).glob("*.yaml")}
-    assert REGISTRIES[name].keys() == schema.choices.keys() == files.keys()
-    for choice, path in files.items():
-        assert yaml.safe_load(path.read_text())[schema.key] == choice
-        assert type(group(name, choice)) is schema.choices[choice]
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / name).glob("*.yaml")}
+    # A file without the key is a variant of the choice that its defaults name.
+    chosen = {stem: content.get(schema.key) or content["defaults"][0] for stem, content in files.items()}
+    assert REGISTRIES[name].keys() == schema.choices.keys() == {*chosen.values()} <= chosen.keys()
+    for stem, choice in chosen.items():
+        assert type(group(name, stem)) is schema.choices[choice]
 
 
 def test_every_group_has_a_folder_of_conf():

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from modeling.checkpoints.checkpoint import checkpoints, step_of
 from modeling.checkpoints.fingerprint import code_hash, fingerprint
 from modeling.reliability.errors import ConfigError
-from modeling.reliability.files import cannot_write, drop_partial, locked, state_root, write_json
+from modeling.reliability.files import cannot_write, drop_partial, locked, places, state_root, write_json
 from modeling.settings import Config, affects
 
 log = logging.getLogger(__name__)
@@ -54,13 +54,14 @@ def start_checkpoint(config: Config) -> Start | None:
     """The checkpoint that trainer.resume names, if any; a run that began from it remembers it once it is removed."""
     if (resume := config.trainer.resume) in ("auto", "never"):
         return None
-    paths = [Path(resume).absolute(), state_root() / resume]
+    paths = places(resume)
     for path in filter(Path.is_file, paths):
         return Start(path, hashlib.sha256(path.read_bytes()).hexdigest())
     for folder, notes in _runs():
         if notes.get("start", {}).get("path") in map(str, paths) and checkpoints(folder):
             return Start(Path(notes["start"]["path"]), notes["start"]["sha256"])
-    raise ConfigError(f"trainer.resume={resume}: no such file; allowed are auto, never, or a checkpoint to start from")
+    tried = " and no ".join(map(str, paths))
+    raise ConfigError(f"trainer.resume={resume}: there is no {tried}; allowed are auto, never, or a checkpoint's path")
 
 
 def _runs() -> list[tuple[Path, dict[str, Any]]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modeling.data import shapes, sources
 from modeling.reliability.errors import ConfigError, UserError, short
-from modeling.reliability.files import locked, replacing_folder, state_root
+from modeling.reliability.files import existing, locked, replacing_folder, state_root
 from modeling.reliability.signals import poll
 from modeling.settings import Config, DataConfig, own_keys
 
@@ -94,7 +94,9 @@ def prepared_folder(config: Config, data: DataConfig) -> Path:
     """Where the prepared arrays are: under `out_dir` if that is set, else in a cache keyed by their source."""
     if config.out_dir is not None:
         return Path(config.out_dir) / "data" / data.name
-    files = sorted(p for p in Path(own_keys(data).get("path", "/nowhere")).rglob("*") if p.is_file())
+    # Whatever kind of path a source has: a file, or the files of a folder.
+    found = [existing("data.path", keys["path"])] if "path" in (keys := own_keys(data)) else []
+    files = sorted(p for path in found for p in (path, *path.rglob("*")) if p.is_file())
     key = asdict(data) | {"files": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
     key["code"] = [Path(str(module.__file__)).read_text() for module in (shapes, sources)]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]

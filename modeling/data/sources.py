@@ -15,8 +15,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from modeling.data.shapes import CLASSES, Split, draw_shapes
-from modeling.reliability.errors import Stopped, UserError, short
-from modeling.reliability.files import locked, state_root
+from modeling.reliability.errors import Stopped, UserError, require, short
+from modeling.reliability.files import existing, locked, places, state_root
 from modeling.reliability.signals import poll, stopped_at_once
 
 Source = tuple[Split, Split, Sequence[str]]
@@ -30,7 +30,8 @@ def cifar10() -> Source:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    root = Path(os.environ.get("CIFAR10_ROOT") or state_root() / "data" / "raw")
+    named = places(os.environ["CIFAR10_ROOT"]) if os.environ.get("CIFAR10_ROOT") else []
+    root = next((path for path in named if path.exists()), [state_root() / "data" / "raw", *named][-1])
 
     def load(download: bool) -> Source:
         train, test = (CIFAR10(str(root), train=train, download=download) for train in (True, False))
@@ -56,9 +57,8 @@ def cifar10() -> Source:
 
 def folder(path: str, test_fraction: float) -> Source:
     """A user's own images of one size; sub-folders, if any, are the classes; `test_fraction` is drawn for testing."""
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"data.path={path}: no such folder")
+    root = existing("data.path", path)
+    require(root.is_dir(), "data.path", path, "must be a folder")
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"no images in {path}: it must hold files that end in {', '.join(IMAGE_SUFFIXES)}")

@@ -26,7 +26,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from modeling.distributed.collectives import from_first, is_first, sharded
 from modeling.reliability.errors import UserError, short
-from modeling.reliability.files import replacing
+from modeling.reliability.files import existing, replacing
 from modeling.reliability.signals import poll, stopped_at_once
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Inception:
 
 def load_inception(weights: str | None, sha256: str, device: torch.device) -> Inception:
     """The extractor with the weights of a file (None: the published ones), whose SHA-256 begins with `sha256`."""
-    path = download(sha256) if weights is None else Path(weights)
+    path = download(sha256) if weights is None else existing("evaluation.inception_weights", weights)
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if not found.startswith(sha256):

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from modeling.reliability.errors import UserError, out_of_memory
+from modeling.reliability.errors import UserError, out_of_memory, require
 from modeling.reliability.signals import poll
 
 STALE = 3600.0  # seconds without a change after which a partial file must stem from a killed process
@@ -21,6 +21,22 @@ STALE = 3600.0  # seconds without a change after which a partial file must stem 
 def state_root() -> Path:
     """The main repository's root, where state survives DVC: $DVC_ROOT in a DVC run, which may work in a copy."""
     return Path(os.environ.get("DVC_ROOT") or Path(__file__).parents[2])
+
+
+def places(typed: str) -> list[Path]:
+    """Where a path may be that the user typed: as seen from the working folder, then from the repository's root.
+
+    DVC is run from that root, and may work in a copy, so that under DVC only the root counts.
+    """
+    roots = [state_root()] if "DVC_STAGE" in os.environ else [Path.cwd(), state_root()]
+    return list(dict.fromkeys((root / Path(typed).expanduser()).resolve() for root in roots))
+
+
+def existing(key: str, typed: str) -> Path:
+    """The absolute path that a key of the configuration names, else raises ConfigError with the paths tried."""
+    tried = places(typed)
+    require(any(path.exists() for path in tried), key, typed, f"there is no {' and no '.join(map(str, tried))}")
+    return next(path for path in tried if path.exists())
 
 
 @contextmanager

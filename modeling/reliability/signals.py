@@ -5,19 +5,24 @@ behaviour, so a second one ends the process at once. The exception is a worker o
 a second time, and kills workers that do not end in time.
 """
 
+import logging
 import os
 import shlex
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from modeling.reliability.errors import Stopped
 
+log = logging.getLogger(__name__)
 JOB = "MODELING_JOB"  # the environment variable that names the folder which the launcher and its workers share
 STOP_FILE = "stop"  # in that folder: all workers are to stop
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish")  # between DVC and its stage
 _requested = False
 _at_once = False
 
@@ -66,12 +71,27 @@ def stop_requests() -> Iterator[None]:
             raise Stopped("stopped")
 
     before = {number: signal.signal(number, handler) for number in SIGNALS}
+    if "DVC_STAGE" in os.environ and JOB not in os.environ:  # a launcher asks its workers to stop
+        threading.Thread(target=_stop_without_dvc, daemon=True).start()
     try:
         yield
     finally:
         _requested = False
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def _stop_without_dvc() -> None:
+    """Asks this process to stop once DVC has ended, which leaves its stages running."""
+    import psutil  # here, since only a run under DVC needs it
+
+    with suppress(psutil.Error):
+        dvc = next(p for p in psutil.Process().parents() if p.name() not in SHELLS)
+        with suppress(psutil.NoSuchProcess):
+            while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
+        log.warning("DVC has ended: this stage stops too; if `git status` then says HEAD detached: git switch main")
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def resume_command(typed: Sequence[str], resume: str = "auto") -> str:

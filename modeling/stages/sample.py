@@ -18,7 +18,7 @@ from modeling.distributed.collectives import is_first
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import png_bytes
 from modeling.inference.samples import draw_samples
-from modeling.reliability.files import make_writable, replacing_folder, state_root
+from modeling.reliability.files import existing, make_writable, replacing_folder, state_root
 from modeling.reliability.signals import poll
 from modeling.reporting.pictures import in_rows, save_picture
 from modeling.settings import Config, DataConfig, SamplerConfig, parse_group
@@ -34,7 +34,7 @@ def load_for(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, Any],
     """
     path = out / "models" / "model.safetensors"
     if config.model.weights is not None:
-        path = Path(config.model.weights)
+        path = existing("model.weights", config.model.weights)
     elif config.out_dir is None and not path.exists():
         path = state_root() / "models" / "model.safetensors"
     model, meta = load_trained(path)

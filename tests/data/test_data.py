@@ -161,7 +161,7 @@ def test_the_first_test_images_of_a_folder_are_of_all_classes(tmp_path):
 def test_folder_errors(tmp_path):
     with pytest.raises(UserError, match="no images in"):
         folder(str(tmp_path), 0.1)
-    with pytest.raises(UserError, match="absent: no such folder"):
+    with pytest.raises(UserError, match="absent: there is no "):
         folder(str(tmp_path / "absent"), 0.1)
     write_images(tmp_path, (4, 4))
     with pytest.raises(UserError, match="holds 1 images: too few to set 1 aside"):

@@ -252,7 +252,7 @@ def test_resume_from_a_path(base, folder):
     finish(folder, f"trainer.resume={keep}")
     assert weights(folder / "out") == weights(base / "out")
     for wrong, reason in (
-        (["trainer.resume=absent"], "no such file"),
+        (["trainer.resume=absent"], "there is no "),
         ([f"trainer.resume={keep}", "trainer.steps=7"], "it is of step 14"),
         ([f"trainer.resume={keep}", "model.model_channels=16"], "size mismatch"),
         ([f"trainer.resume={keep}", "optimizer=sgd"], "of another optimizer"),

@@ -23,8 +23,11 @@ def test_one_training_goes_on_from_one_way_of_running_to_the_next(tmp_path):
         finish(tmp_path, *CHANGES, stage=stage)
     shutil.copytree(tmp_path / "out/data", tmp_path / "plain/data")
 
-    def interrupt(command, number):
-        """Runs until there are new checkpoints, sends a signal to the training process, and gives the output."""
+    def interrupt(command, number, victim=lambda pid: training(pid)):
+        """Runs until there are new checkpoints, sends a signal to a process, by default the training, gives the output.
+
+        Both the command and the training have ended then.
+        """
         log = tmp_path / "log"
         before = saved_step(repository, ".")
         with log.open("w") as file:
@@ -32,8 +35,11 @@ def test_one_training_goes_on_from_one_way_of_running_to_the_next(tmp_path):
             while saved_step(repository, ".") < before + 8:
                 assert running.poll() is None, log.read_text()
                 time.sleep(0.01)
-            os.kill(training(running.pid), number)
+            trainer = psutil.Process(training(running.pid))
+            os.kill(victim(running.pid), number)
             assert running.wait(300) != 0
+            psutil.wait_procs([trainer], 60)
+            assert not trainer.is_running()
         return log.read_text()
 
     def dvc(*command):
@@ -43,7 +49,9 @@ def test_one_training_goes_on_from_one_way_of_running_to_the_next(tmp_path):
     assert "going on" not in interrupt(plain, signal.SIGKILL)
     second = interrupt(["dvc", "exp", "run", *sets, "train"], signal.SIGTERM)
     assert "going on after step" in second and "exited with 75" in second and "the same dvc command" in second
-    assert "going on after step" in interrupt(["dvc", "exp", "run", "--temp", *sets, "train"], signal.SIGKILL)
+    orphan = interrupt(["dvc", "exp", "run", "--temp", *sets, "train"], signal.SIGTERM, lambda pid: pid)
+    assert "going on after step" in orphan and "DVC has ended: this stage stops too" in orphan
+    assert "all work is saved; to go on: the same dvc command" in orphan
     dvc("exp", "run", "--queue", "-n", "last", *sets, "train")
     dvc("queue", "start")
     end = time.monotonic() + 300

@@ -141,7 +141,7 @@ BAD = {
     "model.channel_mult=[1,1,1,1,1]": "model.channel_mult=[1, 1, 1, 1, 1]: images of 8 pixels must be divisible by 16",
     "model.norm_groups=5": "model.norm_groups=5: must divide",
     "sampler.steps=21": "sampler.steps=21: allowed are 1 to 20",
-    "stage=sample model.weights=absent": "no model in absent",
+    "stage=sample model.weights=absent": "model.weights=absent: there is no ",
     "stage=sample model.weights=damaged": "model damaged is damaged",
     "stage=sample sampler.guidance_scale=2": "sampler.guidance_scale=2.0: the model is not class-conditional",
     "stage=sample sampler.label=circle": "sampler.label=circle: the model is not class-conditional",
