@@ -17,12 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from modeling.config import load_config, no_such_key
+from modeling.config import check_params, load_config, no_such_key
 from modeling.distributed import launcher
 from modeling.reliability.errors import ConfigError, Stopped, UserError, explain
 from modeling.reliability.signals import resume_command, stop_requests
 
-ORDER = ("prepare", "train", "sample", "evaluate")
+ORDER = ("validate", "prepare", "train", "sample", "evaluate")
 TYPED = tuple(sys.argv)
 
 
@@ -32,6 +32,8 @@ def run(cfg: DictConfig) -> None:
     settings = HydraConfig.get()
     stage, resume = "", "auto"
     try:
+        if cfg.get("stage") == "validate" and settings.job.config_name == "params":
+            check_params(cfg, settings.runtime.cwd)
         config = load_config(cfg, settings.overrides.task)
         resume = config.trainer.resume
         out = Path(config.out_dir or settings.runtime.output_dir)

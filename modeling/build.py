@@ -20,7 +20,8 @@ def check_image_size(m: ModelConfig, height: int, width: int) -> None:
     require(height % factor == 0, "model.channel_mult", m.channel_mult, why)
     sizes = [height >> level for level in range(len(m.channel_mult))]
     for size in m.attention_resolutions:
-        require(size in sizes, "model.attention_resolutions", size, f"the resolutions are {sizes}")
+        why = f"images of {height} pixels have the resolutions {sizes}"
+        require(size in sizes, "model.attention_resolutions", size, why)
 
 
 def check_sampler(s: SamplerConfig, num_timesteps: int, classes: Sequence[str], label_dropout: float) -> None:

@@ -44,7 +44,7 @@ BAD = {
     "+trainer.speed=9": "trainer.speed: no such key; allowed are steps, batch_size",
     "+optimizer.speed=9": "optimizer.speed: no such key; allowed are name, lr, warmup_steps",
     "+nonsense=1": "nonsense: no such key; allowed are data, deterministic, device",
-    "stage=fly": "stage=fly: allowed are all, prepare, train, sample, evaluate, export",
+    "stage=fly": "stage=fly: allowed are all, validate, prepare, train, sample, evaluate, export",
     "seed=x": "seed: Value 'x' of type 'str' could not be converted to Integer",
     "seed=-1": "seed=-1: must not be negative",
     "data=folder": "data.path: must be given",
@@ -124,6 +124,6 @@ def test_the_network_must_fit_the_images():
     model = load().model
     for size in (32, 64):
         check_image_size(model, size, size)
-    for size, message in (((32, 16), "must be square"), ((36, 36), "divisible by 8"), ((24, 24), "are")):
+    for size, message in (((32, 16), "must be square"), ((36, 36), "divisible by 8"), ((24, 24), "have the resolutions")):
         with pytest.raises(UserError, match=message):
             check_image_size(model, *size)

@@ -97,5 +97,11 @@ def shapes(num_train: int, num_test: int, image_size: int, seed: int) -> Source:
     return draw_shapes(num_train, image_size, seed, split=0), draw_shapes(num_test, image_size, seed, split=1), CLASSES
 
 
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+# Shape (H, W, C) and classes, where they are known before the images are there; keywords as in SOURCES.
+FORMS: dict[str, Callable[..., tuple[list[int], Sequence[str]]]] = {
+    "cifar10": lambda: ([32, 32, 3], CIFAR10_CLASSES),
+    "shapes": lambda image_size, **_: ([image_size, image_size, 3], CLASSES),
+}
 # By the name in the configuration; a source's own keys are its keywords.
 SOURCES: dict[str, Callable[..., Source]] = {"cifar10": cifar10, "folder": folder, "shapes": shapes}

@@ -47,7 +47,7 @@ def workers_to_start(config: Config, multirun: bool) -> int:
     require(agree, "trainer.nproc", nproc, f"torchrun has started {started} processes; leave it out")
     count, batch_size = max(nproc, started), config.trainer.batch_size
     require(count == 1 or not multirun, "trainer.nproc", count, "not with --multirun; dvc exp run --queue sweeps")
-    divides = config.stage not in ("all", "train") or batch_size % count == 0
+    divides = config.stage not in ("all", "validate", "train") or batch_size % count == 0
     allowed = f"must be divisible by the {count} processes, see trainer.nproc"
     require(divides, "trainer.batch_size", batch_size, allowed)
     return nproc if nproc > started and config.stage in ("all", *SHARED) else 0

@@ -23,6 +23,14 @@ MODES = ("online", "offline", "disabled")
 MARK = "repeated-by-a-later-folder"  # a file in the offline folders of processes that log in `logging_again`
 
 
+def chosen_mode(settings: WandbConfig) -> str:
+    """The mode of the environment or else of the settings; ConfigError if it is unknown."""
+    mode = os.environ.get("WANDB_MODE") or settings.mode
+    if mode not in MODES:
+        raise ConfigError(f"WANDB_MODE={mode}: allowed are {', '.join(MODES)}")
+    return mode
+
+
 class WandbRun:
     """One W&B run, or none if the mode is `disabled` or W&B fails; the same `run_id` continues the same run.
 
@@ -33,9 +41,7 @@ class WandbRun:
     def __init__(
         self, settings: WandbConfig, config: Mapping[str, Any], run_id: str, name: str | None, root: Path
     ) -> None:
-        mode = os.environ.get("WANDB_MODE") or settings.mode
-        if mode not in MODES:
-            raise ConfigError(f"WANDB_MODE={mode}: allowed are {', '.join(MODES)}")
+        mode = chosen_mode(settings)
         self.run: Any = None
         self.folder: Path | None = None  # of this process's files, if the run is offline
         self.first = 0  # the first step that W&B's server does not have

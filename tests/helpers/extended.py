@@ -42,8 +42,7 @@ def euler(steps, variance):
 
 def run(npz, out):
     found = {"euler": [euler(steps, 0.25) for steps in (50, 100, 200)], "standard_normal": euler(10, 1.0)}
-    without = ("num_train", "num_test", "image_size")
-    typed = ["experiment=tiny", "data=npz", f"data.path={npz}", *(f"~data.{key}" for key in without)]
+    typed = ["experiment=tiny", "data=npz", f"data.path={npz}"]
     typed += ["diffusion=log_snr", "sampler=euler", "trainer.ema_every=2", f"out_dir={out}"]
     for optimizer in ("adam", "radam"):
         for stage in ("prepare", "train"):

@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline
 from helpers.configs import group
 from helpers.pipeline import ROOT, TINY, copy_repository, environment, main, spelled_out
 from helpers.processes import Launched
-from helpers.runs import curves
+from helpers.runs import curves, hashes
 from PIL import Image
 
 from modeling.checkpoints.fingerprint import PACKAGE, imported_files
@@ -137,12 +137,12 @@ BAD = {
     "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
     "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: allowed are 1 to 1000000",
     "diffusion.beta_end=1e-5": "diffusion.beta_start=0.0001: must be below beta_end",
-    "model.attention_resolutions=[7]": "model.attention_resolutions=7: the resolutions are [8, 4]",
+    "model.attention_resolutions=[7]": "model.attention_resolutions=7: images of 8 pixels have the resolutions [8",
     "model.channel_mult=[1,1,1,1,1]": "model.channel_mult=[1, 1, 1, 1, 1]: images of 8 pixels must be divisible by 16",
     "model.norm_groups=5": "model.norm_groups=5: must divide",
     "sampler.steps=21": "sampler.steps=21: allowed are 1 to 20",
     "stage=sample model.weights=absent": "model.weights=absent: there is no ",
-    "stage=sample model.weights=damaged": "model damaged is damaged",
+    "stage=sample model.weights=damaged": "damaged is damaged",
     "stage=sample sampler.guidance_scale=2": "sampler.guidance_scale=2.0: the model is not class-conditional",
     "stage=sample sampler.label=circle": "sampler.label=circle: the model is not class-conditional",
     "stage=sample model.weights=empty": "empty/config.json cannot be read",
@@ -160,7 +160,7 @@ BAD = {
     "data=folder data.path=empty": "no images in empty",
     "data=folder data.path=unreadable": "unreadable/a.png cannot be read as an image",
     "data=folder data.path=mixed": "all images must have one size",
-    "data=cifar10": "no complete CIFAR-10 in broken (data_batch_1: wrong MD5)",
+    "data=cifar10": "broken (data_batch_1: wrong MD5), and it could not be",
     "stage=train out_dir=null sampler.guidance_scale=2": "guidance_scale=2.0: the model is not class-conditional",
     "stage=train out_dir=null model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are circle,",
     "stage=train out_dir=null diffusion=sigmoid diffusion.tau=0.001": "diffusion.schedule=sigmoid: betas must be",
@@ -237,15 +237,22 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
     repository = copy_repository(tmp_path)
     env = environment(repository, WANDB_MODE="offline")
 
-    def experiment(*changes):
+    def run(*changes):
         common = (*TINY, "optimizer.lr=0.0625", "optimizer.warmup_steps=0")
         sets = [word for change in (*common, *changes) for word in ("-S", change)]
-        done = subprocess.run(["dvc", "exp", "run", *sets], cwd=repository, env=env, capture_output=True, text=True)
+        return subprocess.run(["dvc", "exp", "run", *sets], cwd=repository, env=env, capture_output=True, text=True)
+
+    def experiment(*changes):
+        done = run(*changes)
         assert done.returncode == 0, done.stdout + done.stderr
         return {stage for stage in ("prepare", "train", "evaluate") if f"Running stage '{stage}'" in done.stdout}
 
     assert experiment() == {"prepare", "train", "evaluate"}
     assert set(curves(repository)["lr"].values()) == {0.0625}
+    made = hashes(repository / "models") | hashes(repository / "reports")
+    refused = run("sampler.guidance_scale=2")
+    assert refused.returncode and "error: sampler.guidance_scale=2.0: the model is not class" in refused.stderr
+    assert hashes(repository / "models") | hashes(repository / "reports") == made  # DVC has removed nothing
     assert experiment("wandb.mode=disabled") == set()
     edits = {"training/ema.py": "train", "reporting/curves.py": "train", "evaluation/fid.py": "evaluate"}
     for file, repeated in edits.items():

@@ -1,0 +1,120 @@
+"""The first stage refuses what a later one would, and says when params.yaml is not what conf/ composes to."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers.configs import CONF, composed, load
+from helpers.pipeline import TINY
+from omegaconf import OmegaConf
+
+from modeling.config import check_params
+from modeling.data.prepared import write_prepared
+from modeling.data.sources import FORMS, SOURCES
+from modeling.reliability.errors import ConfigError, UserError
+from modeling.stages import validate
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """The repository's root and the working folder."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+REFUSED = {
+    "model.weights=x": "model.weights=x: for stage=sample",
+    "trainer.resume=absent": "trainer.resume=absent: there is no ",
+    "data=folder data.path=absent": "data.path=absent: there is no ",
+    "evaluation.fid_samples=10 evaluation.inception_weights=absent": "inception_weights=absent: there is no ",
+    "diffusion=sigmoid diffusion.tau=0.001": "diffusion.schedule=sigmoid: betas must be",
+    "model.attention_resolutions=[7]": "model.attention_resolutions=7: images of 8 pixels have the resolutions [8",
+    "model.channel_mult=[1,1,1,1,1]": "images of 8 pixels must be divisible by 16",
+    "sampler.label=circle": "sampler.label=circle: the model is not class-conditional",
+    "model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are circle,",
+    "data=cifar10 model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are airplane,",
+    "model.class_conditional=true sampler.guidance_scale=2": "with trainer.label_dropout=0 the model learns no",
+    "out_dir=taken": "taken/reports cannot be written",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_a_later_stage_would_refuse(root, arguments):
+    (root / "taken").mkdir()
+    (root / "taken/reports").write_text("a file where a folder must be")
+    config = load(*TINY, *arguments.split())
+    with pytest.raises(UserError) as refused:
+        validate.run(config, root / (config.out_dir or "out"))
+    assert REFUSED[arguments] in str(refused.value)
+    assert not list(root.rglob("validated"))
+
+
+def test_unknown_modes_of_the_environment_are_refused(root, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "never")
+    with pytest.raises(ConfigError, match="WANDB_MODE=never"):
+        validate.run(load(*TINY), root)
+
+
+def test_what_can_run_is_let_through(root):
+    (root / "x").mkdir()
+    validate.run(load(*TINY, "data=folder", "data.path=x", "model.attention_resolutions=[7]"), root)  # not known yet
+    assert (root / "data/validated").read_text()
+
+
+def test_forms_are_those_of_the_sources(root):
+    config = load(*TINY)
+    (images, _), _, classes = SOURCES["shapes"](num_train=1, num_test=1, image_size=8, seed=0)
+    assert validate.known_form(config) == ([*images.shape[1:]], [*classes])
+    assert FORMS["cifar10"]()[0] == [32, 32, 3] and len(FORMS["cifar10"]()[1]) == 10
+    # The prepared folder is asked first, if it is of these settings.
+    split = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int64)
+    folder = validate.prepared_folder(config, config.data)
+    write_prepared(folder, (split, split, ["a"]), vars(config.data))
+    assert validate.known_form(config) == ([4, 4, 1], ["a"])
+    write_prepared(folder, (split, split, ["a"]), vars(config.data) | {"seed": 5})
+    assert validate.known_form(config)[0] == [8, 8, 3]
+
+
+CHANGED = ("data", "model", "diffusion", "optimizer", "sampler")
+CHOICES = [(group, path.stem) for group in CHANGED for path in sorted((CONF / group).glob("*.yaml"))]
+GIVEN = {"folder": ["data.path=x"], "tabulated": ["diffusion.num_timesteps=3", "diffusion.betas=[0.05,0.1,0.2]"]}
+GIVEN["tabulated"] += ["trainer.sample_steps=2", "sampler.steps=3"]
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "experiment").iterdir()))
+def test_every_recipe_combines_with_every_choice(root, recipe):
+    """Or is refused for what was typed: a choice that needs a value, or a network that does not fit the images."""
+    (root / "x").mkdir()
+    refused = set()
+    for group, choice in CHOICES:
+        typed = [f"experiment={recipe}", f"{group}={choice}", "device=cpu"]
+        if choice in GIVEN:
+            with pytest.raises(ConfigError, match=rf"{group}\.(path|betas): must be given"):
+                load(*typed)
+        try:
+            validate.run(load(*typed, *GIVEN.get(choice, [])), root)
+        except ConfigError as error:
+            assert str(error).startswith("model.attention_resolutions=16: images of 8 pixels have")
+            refused.add(choice)
+    assert refused == {"tiny": {"ddpm"}, "paper": {"shapes_tiny"}}.get(recipe, set())
+
+
+def test_params_that_conf_does_not_compose_to(root, monkeypatch, caplog):
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    shutil.copytree(CONF, root / "conf")
+    for typed in (["experiment=demo", "sampler=dpm_solver"], ["model=small"]):
+        check_params(OmegaConf.merge(composed(*typed), {"stage": "validate", "out_dir": "."}), str(root))
+    assert not caplog.text
+    params = composed("experiment=demo", "optimizer.lr=0.5")
+    check_params(params, str(root))
+    assert "conf/ composes to: optimizer.lr=0.5 (conf/ has 0.002); dvc exp run composes it anew" in caplog.text
+    changed = composed("experiment=demo")
+    OmegaConf.set_struct(changed, False)
+    del changed["optimizer"]["eps"]
+    with pytest.raises(ConfigError, match=r"differ in the key optimizer.eps \(1 in all\): dvc exp run composes"):
+        check_params(changed, str(root))
+    with pytest.raises(ConfigError, match="differ in the key trainer"):
+        check_params(OmegaConf.create({key: params[key] for key in params if key != "trainer"}), str(root))
+    monkeypatch.setenv("DVC_EXP_NAME", "x")  # DVC has just composed it
+    check_params(changed, str(root))
