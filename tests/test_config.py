@@ -124,6 +124,10 @@ def test_the_network_must_fit_the_images():
     model = load().model
     for size in (32, 64):
         check_image_size(model, size, size)
-    for size, message in (((32, 16), "must be square"), ((36, 36), "divisible by 8"), ((24, 24), "have the resolutions")):
+    for size, message in (
+        ((32, 16), "must be square"),
+        ((36, 36), "divisible by 8"),
+        ((24, 24), "have the resolutions"),
+    ):
         with pytest.raises(UserError, match=message):
             check_image_size(model, *size)

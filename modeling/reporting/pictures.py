@@ -15,6 +15,7 @@ from torch import Tensor
 from modeling.reliability.files import write_atomic
 
 WIDTH = 640  # pixels that a picture has at least
+LARGEST = 160  # pixels to which an image is enlarged at most
 GAP = 6  # pixels between images
 FONT = 15  # pixels
 LINE = FONT + 5
@@ -39,11 +40,11 @@ def save_picture(
     count = max(map(len, images))
     left = GAP + max((math.ceil(font.getlength(name)) + GAP for name in rows), default=0)
     # Whole factors, so that every pixel of an image stays a square.
-    scale = max(1, math.ceil(((WIDTH - left) / count - GAP) / width))
+    scale = max(1, min(math.ceil(((WIDTH - left) / count - GAP) / width), LARGEST // width))
     widest = max((font.getlength(text) for text in (*columns, *(text for line in below for text in line))), default=0)
     scale = max(scale, math.ceil(widest / width))
     wide, high = width * scale + GAP, height * scale + GAP + (LINE if below else 0)
-    total = left + count * wide
+    total = max(left + count * wide, WIDTH)
     lines = textwrap.wrap(caption, int(total / font.getlength("n")))
     top = GAP + LINE * len(lines) + (LINE if columns else 0)
     canvas = Image.new("RGB", (total, top + high * len(images)), "white")

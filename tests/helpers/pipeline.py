@@ -44,6 +44,7 @@ def copy_repository(folder):
         "conf",
         ".dvc/config",
         ".dvc/.gitignore",
+        ".dvc/plots.html",
         ".dvcignore",
         ".gitignore",
         "main.py",

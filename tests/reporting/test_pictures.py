@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.reporting.pictures import GAP, WIDTH, in_rows, save_picture
+from modeling.reporting.pictures import GAP, LARGEST, WIDTH, in_rows, save_picture
 
 
 def blocks(path, size, scale):
@@ -24,13 +24,14 @@ def blocks(path, size, scale):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_pixel_becomes_a_square(channels, tmp_path, generator):
-    images = torch.randint(0, 255, (5, channels, 8, 8), dtype=torch.uint8, generator=generator)
-    save_picture(tmp_path / "x.png", [*in_rows(images, 0)[:1], [images[3], None, images[4]]], "")
-    assert Image.open(tmp_path / "x.png").width >= WIDTH
-    shown = blocks(tmp_path / "x.png", 8, 26)
+    images = torch.randint(0, 255, (7, channels, 8, 8), dtype=torch.uint8, generator=generator)
+    save_picture(tmp_path / "x.png", [[*images[:4]], [images[4], None, *images[5:]]], "")
+    shown = blocks(tmp_path / "x.png", 8, LARGEST // 8)
     expected = images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
-    assert np.array_equal(shown[0], expected[:3]) and np.array_equal(shown[1, [0, 2]], expected[3:])
+    assert np.array_equal(shown[0], expected[:4]) and np.array_equal(shown[1, [0, 2, 3]], expected[4:])
     assert (shown[1, 1] == 255).all()
+    save_picture(tmp_path / "x.png", [[images[0]]], "")
+    assert Image.open(tmp_path / "x.png").width == WIDTH
 
 
 def test_headings_caption_and_values_take_room_of_their_own(tmp_path):

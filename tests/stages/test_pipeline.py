@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,16 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
 
     assert experiment() == {"prepare", "train", "evaluate"}
     assert set(curves(repository)["lr"].values()) == {0.0625}
+    dvc = partial(subprocess.run, cwd=repository, env=env, capture_output=True, text=True, check=True)
+    plots = json.loads(dvc(["dvc", "plots", "show", "--json"]).stdout)["data"]
+    curve = plots["held_out_loss"][0]["content"]
+    assert [row["held_out_loss"] for row in curve["data"]["values"]] == [
+        f"{curves(repository)['held_out_loss'][4]:.9g}"
+    ]
+    assert "training step" in json.dumps(curve["encoding"]) and "reports/film.png" in plots
+    metrics = json.loads(dvc(["dvc", "metrics", "show", "--json"]).stdout)[""]["data"]
+    shown = {key for file in metrics.values() for key in file["data"]}
+    assert shown == {"held_out_loss", "bits_per_dim", "bits_per_dim_stderr", "images", "images_per_second"}
     made = hashes(repository / "models") | hashes(repository / "reports")
     refused = run("sampler.guidance_scale=2")
     assert refused.returncode and "error: sampler.guidance_scale=2.0: the model is not class" in refused.stderr
@@ -260,5 +271,4 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
             code.write("# an edit that changes no weight\n")
         assert experiment() == {repeated}, file
     assert experiment("sampler.seed=5") == {"evaluate"}
-    status = subprocess.run(["dvc", "status"], cwd=repository, env=env, capture_output=True, text=True)
-    assert "up to date" in status.stdout
+    assert "up to date" in dvc(["dvc", "status"]).stdout
