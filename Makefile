@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench repository
+.PHONY: demo test lint bench params repository
 .DELETE_ON_ERROR:
 
 # prepare -> train -> evaluate through DVC, on the embedded data set.
@@ -32,6 +32,10 @@ bench: .venv/.installed
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# params.yaml as conf/ composes it, with no override: after an edit in conf/, before a commit.
+params: .venv/.installed
+	$(BIN)/python -c "from dvc.utils.hydra import compose_and_dump; compose_and_dump('params.yaml', '$(CURDIR)/conf', None, 'config', '.', [])"
 
 .venv/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

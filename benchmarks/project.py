@@ -85,7 +85,7 @@ def trainer_on(config: Config, data: Prepared, folder: Path, reporter: Reporter)
 
 def train_step(trainer: Trainer) -> None:
     """One whole step: batch, noise, loss, gradients, clipping, optimizer, EMA; the loss is read when it is logged."""
-    trainer._train_step()
+    trainer.train_step()
     if trainer.step % trainer.config.log_every == 0:
         trainer._check_finite()
         trainer.state.means()

@@ -90,17 +90,22 @@ def _closest(cfg: DictConfig, conf: Path, recipe: list[str]) -> DictConfig:
     return composed(conf, *recipe, *others) if others else own
 
 
+def against_conf(params: Any, folder: str) -> tuple[set[str], set[str], dict[str, tuple[Any, Any]]]:
+    """The `differences` of params.yaml, a mapping, to the closest that conf/ under `folder` composes to."""
+    cfg, conf = OmegaConf.create(params), Path(folder, "conf")
+    recipes = [[], *([f"experiment={path.stem}"] for path in sorted(conf.glob("experiment/*.yaml")))]
+    found = [differences(cfg, _closest(cfg, conf, recipe)) for recipe in recipes]
+    return min(found, key=lambda each: sum(map(len, each)))
+
+
 def check_params(cfg: DictConfig, folder: str) -> None:
     """Says what in params.yaml, here `cfg`, conf/ under `folder` does not compose to; ConfigError if keys differ.
 
-    For `dvc repro`: it takes params.yaml as it is, while `dvc exp run` composes it anew. The closest recipe counts.
+    For `dvc repro`: it takes params.yaml as it is, while `dvc exp run` composes it anew.
     """
     if "DVC_EXP_NAME" in os.environ:
         return
-    conf = Path(folder, "conf")
-    recipes = [[], *([f"experiment={path.stem}"] for path in sorted(conf.glob("experiment/*.yaml")))]
-    found = [differences(cfg, _closest(cfg, conf, recipe)) for recipe in recipes]
-    extra, missing, changed = min(found, key=lambda each: sum(map(len, each)))
+    extra, missing, changed = against_conf(cfg, folder)
     mend = "dvc exp run composes it anew"
     if keys := sorted(extra | missing):
         raise ConfigError(f"params.yaml and conf/ differ in the key {keys[0]} ({len(keys)} in all): {mend}")

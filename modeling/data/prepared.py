@@ -85,8 +85,6 @@ def write_prepared(target: Path, source: sources.Source, made_from: dict[str, An
             np.save(partial / f"{stem}.npy", np.ascontiguousarray(array))
         meta["sha256"] = {stem: _sha256(partial / f"{stem}.npy") for stem in arrays}
         (partial / "data.json").write_text(json.dumps(meta, indent=2) + "\n")
-    size = " x ".join(map(str, meta["shape"]))
-    log.info("data: %s, %d + %d images of %s, in %s", made_from["name"], *counts.values(), size, target)
     return Prepared(target)
 
 
@@ -108,7 +106,11 @@ def prepare(config: Config, data: DataConfig, again: bool) -> Prepared:
     target = prepared_folder(config, data)
     with locked(target.with_name(f".{target.name}.lock"), wait=True):
         if again or not (target / "data.json").exists():
-            return write_prepared(target, sources.SOURCES[data.name](**own_keys(data)), asdict(data))
+            train, test, classes = sources.SOURCES[data.name](**own_keys(data))
+            prepared = write_prepared(target, (train, test, classes), asdict(data))
+            size = " x ".join(map(str, prepared.shape))
+            log.info("data: %s, %d + %d images of %s, in %s", data.name, len(train[0]), len(test[0]), size, target)
+            return prepared
         return Prepared(target)
 
 

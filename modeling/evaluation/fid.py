@@ -95,9 +95,14 @@ def load_inception(weights: str | None, sha256: str, device: torch.device) -> In
     return Inception(network, found, device)
 
 
+def cached_weights() -> Path:
+    """Where the published weights are once they were downloaded: in PyTorch's cache folder."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+
+
 def download(sha256: str) -> Path:
     """The published weights in PyTorch's cache folder, downloaded by the first process; else Unavailable in all."""
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+    path = cached_weights()
 
     def failure() -> str:
         try:

@@ -31,6 +31,11 @@ def chosen_mode(settings: WandbConfig) -> str:
     return mode
 
 
+def has_key() -> bool:
+    """Whether W&B finds an API key, in the environment or where `wandb login` leaves it; asks no server."""
+    return bool(wandb.login(prompt=False, verify=False))
+
+
 class WandbRun:
     """One W&B run, or none if the mode is `disabled` or W&B fails; the same `run_id` continues the same run.
 

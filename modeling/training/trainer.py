@@ -143,7 +143,7 @@ class Trainer:
                 self._since = time.perf_counter()
             if last:
                 return self.last_row
-            self._train_step()
+            self.train_step()
             self.reporter.stepped(self.step)
             if len(self.unchecked) >= CHECK_EVERY:
                 self._check_finite()
@@ -158,7 +158,8 @@ class Trainer:
     def _stopped(self) -> Stopped:
         return Stopped(f"stopped after step {self.step}, all work is saved", trained=True)
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """Takes one optimizer step on the batch of the current step."""
         step = self.step
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.optimizer_config, step, self.config.steps)

@@ -160,7 +160,7 @@ def test_no_two_parts_of_a_step_drop_the_same(tmp_path):
     trainer = make(tmp_path, Recorder(), batch_size=4, micro_batch_size=2)
     states = []
     trainer.model.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
-    trainer._train_step()
+    trainer.train_step()
     assert len(states) == 2 and not torch.equal(*states)
 
 

@@ -77,7 +77,7 @@ def demo(tmp_path_factory):
 @pytest.mark.parametrize(
     ("place", "stage", "message"),
     [
-        ("_train_step", "train", "after step"),
+        ("train_step", "train", "after step"),
         ("ddim_sample", "train", "after step"),
         ("held_out_losses", "train", "after step"),
         ("bits_per_dim", "evaluate", "stopped"),
@@ -115,7 +115,7 @@ def test_a_stop_while_sampling_or_evaluating_loses_nothing(base, folder):
 def test_the_second_signal_ends_at_once(folder):
     """One step on a hundred thousand images takes long, and the first signal waits for its end."""
     run = launch(folder, "trainer.batch_size=100000")
-    assert run.wait_until_in("_train_step")
+    assert run.wait_until_in("train_step")
     run.send(signal.SIGTERM)
     assert run.wait_for(lambda: not caught(run, signal.SIGTERM)), "the first signal waited for the end of the step"
     run.send(signal.SIGTERM)
@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_resumes(base, folder, disk, often, 
     finish(folder, *kept, "trainer.steps=7", DVC_ROOT=str(disk))
     kept.append(f"trainer.steps={steps}")
     run = launch(folder, *kept, DVC_ROOT=str(disk))
-    assert run.wait_until_in("_train_step"), run.printed()
+    assert run.wait_until_in("train_step"), run.printed()
     run.send(signal.SIGSTOP)
     fill(disk)
     saved = {path: read_checkpoint(path)["step"] for path in disk.glob("runs/*/step-*.pt")}
@@ -276,7 +276,7 @@ def test_another_configuration_never_resumes_a_checkpoint_and_other_code_is_ment
 
 def test_the_second_of_two_equal_runs_refuses(base, folder):
     first = launch(folder)
-    assert first.wait_until_in("_train_step")
+    assert first.wait_until_in("train_step")
     first.send(signal.SIGSTOP)
     line = finish(folder, code=1)
     assert f"process {first.process.pid} on" in line and "is working in" in line
@@ -305,7 +305,7 @@ def test_no_memory_is_one_line_that_says_what_to_lower(folder):
 
 def test_training_goes_on_when_wandbs_process_is_killed(base, folder):
     run = launch(folder, WANDB_MODE="offline")
-    assert run.wait_until_in("_train_step")
+    assert run.wait_until_in("train_step")
     children = psutil.Process(run.process.pid).children(recursive=True)
     assert children
     for child in children:

@@ -17,7 +17,7 @@ STEPS = 100
 OFTEN = [f"trainer.steps={STEPS}", "trainer.log_every=3", "trainer.checkpoint_every=4"]
 SEED = 4
 RANDOM_KILLS = 12
-AIMED_KILLS = ["save_checkpoint", "held_out_losses", "draw_samples", "_train_step"] * 2  # functions on the stack
+AIMED_KILLS = ["save_checkpoint", "held_out_losses", "draw_samples", "train_step"] * 2  # functions on the stack
 
 
 def test_killed_at_any_moment_the_result_is_the_same(tmp_path):
@@ -55,7 +55,7 @@ def test_killed_at_any_moment_the_result_is_the_same(tmp_path):
 
 
 def count(places):
-    kinds = ["save_checkpoint", "held_out_losses", "draw_samples", "_train_step", "publish", "_report", "run"]
+    kinds = ["save_checkpoint", "held_out_losses", "draw_samples", "train_step", "publish", "_report", "run"]
     found = [next((kind for kind in kinds if kind in place), "start") for place in places]
     return {kind: found.count(kind) for kind in dict.fromkeys(found)}
 

@@ -214,7 +214,7 @@ def test_losses_are_checked_now_and_then_without_a_log(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_found_before_a_checkpoint(tmp_path):
     trainer = make(tmp_path, steps=1)
-    trainer._train_step()
+    trainer.train_step()
     with torch.no_grad():
         trainer.parameters[0].flatten()[-1] = math.inf
     with pytest.raises(UserError, match="the weights of step 1 is not finite"):
@@ -334,10 +334,10 @@ def test_gradients_in_bf16_on_cuda_are_those_of_float32():
 def test_a_step_on_cuda_waits_for_nothing(tmp_path):
     """Until it is logged, no value comes back and no transfer is waited for."""
     trainer = make(tmp_path, compute=choose_compute("cuda", "auto"), compile=False)
-    trainer._train_step()
+    trainer.train_step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer._train_step()
+        trainer.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,0 +1,210 @@
+"""Stage `check`: before a long job, whether it can run, how long it will take and what it needs.
+
+Each line has a mark: ok, note (worth knowing) or BAD (it cannot run), and says what to type. It measures a few real
+training steps and leaves nothing behind.
+"""
+
+import itertools
+import logging
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from omegaconf import OmegaConf
+
+from modeling.build import build_model
+from modeling.checkpoints.checkpoint import checkpoints, step_of
+from modeling.checkpoints.run_folder import Run
+from modeling.config import against_conf
+from modeling.data.prepared import Prepared, prepared_folder, write_prepared
+from modeling.evaluation import fid
+from modeling.inference.device import Compute, choose_compute
+from modeling.reliability.errors import UserError, explain
+from modeling.reliability.files import state_root
+from modeling.reliability.signals import poll
+from modeling.reporting.progress import LONG, duration
+from modeling.reporting.wandb_run import chosen_mode, has_key
+from modeling.settings import Config
+from modeling.stages import validate
+from modeling.training.state import CheckpointFolder
+from modeling.training.trainer import Reporter, Trainer
+
+log = logging.getLogger(__name__)
+MEASURE = (2, 5.0)  # steps after the first, and seconds, of which the speed is measured at least
+OK, NOTE, BAD = "ok  ", "note", "BAD "
+STATE_COPIES = 4  # of the weights in a checkpoint of Adam: the weights, the EMA, two moments
+
+
+class Finding(NamedTuple):
+    mark: str
+    text: str
+
+
+def run(config: Config, out: Path) -> None:
+    """Prints the findings; UserError if one of them says that the job cannot run."""
+    bad = 0
+    for finding in _findings(config, out):
+        poll()
+        log.info("%s %s", *finding)
+        bad += finding.mark == BAD
+    if bad:
+        raise UserError(f"{bad} of these must be mended before the job can run")
+    log.info("the job can run: leave out stage=check, or give the same keys to dvc exp run by -S")
+
+
+def _findings(config: Config, out: Path) -> Iterator[Finding]:
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            validate.run(config, Path(scratch))
+        compute = choose_compute(config.device, config.precision, config.deterministic)
+    except UserError as error:
+        yield Finding(BAD, f"configuration: {error}")
+        return
+    yield Finding(OK, "configuration: all values are allowed and fit together")
+    yield Finding(OK, f"device: {compute.describe()}")
+    prepared, finding = _data(config)
+    yield finding
+    yield from _speed_and_memory(config, compute, prepared)
+    yield _wandb(config)
+    yield _inception(config)
+    yield from _repository()
+
+
+def _data(config: Config) -> tuple[Prepared | None, Finding]:
+    name = config.data.name
+    for folder in (prepared_folder(config, config.data), state_root() / "data" / name):  # the second is DVC's
+        with suppress(UserError):
+            prepared = Prepared(folder)
+            if prepared.source == asdict(config.data):
+                count = len(prepared.train.images)  # their checksum is verified
+                sha256 = prepared.sha256["train"][:12]
+                return prepared, Finding(OK, f"data: {name}, {count:,} training images, SHA-256 {sha256}, in {folder}")
+    return None, Finding(NOTE, f"data: {name} is not prepared yet, which the first run does")
+
+
+def _speed_and_memory(config: Config, compute: Compute, prepared: Prepared | None) -> Iterator[Finding]:
+    """What a few steps on the data, or on noise of its shape, take; and what the whole run takes from where it is."""
+    form = validate.known_form(config)
+    if form is None:
+        yield Finding(NOTE, "speed, memory and disk: known once stage=prepare has prepared the data")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepared or _noise(Path(folder), *form, config.trainer.batch_size)
+        free = _free_memory(compute)
+        try:
+            model = build_model(config.model, config.diffusion, data.shape, len(data.classes), config.seed)
+            trainer = Trainer(config, compute.place_model(model), data, compute, CheckpointFolder(), Reporter())
+            per_step = _seconds_per_step(trainer)
+        except Exception as error:  # of the device, its memory or its compiler
+            if not (why := explain(error, "train")):
+                raise
+            yield Finding(BAD, why)
+            return
+    used = _used_memory(compute)
+    yield Finding(NOTE if used > free else OK, f"memory: {used / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    t, done = config.trainer, 0
+    if prepared is not None and t.resume != "never":
+        kept = checkpoints(Run(config, compute.bf16, prepared.sha256).folder)
+        done = min(t.steps, max(map(step_of, kept), default=0))
+    seconds = per_step * (t.steps - done)
+    text = f"training: {t.batch_size / per_step:.1f} images/s, {duration(seconds)} for {t.steps - done:,} steps"
+    if done:
+        text += f" after the {done:,} that are done"
+    if seconds > LONG and compute.device.type == "cpu":
+        yield Finding(NOTE, f"{text}; experiment=cifar10_cpu takes half an hour, experiment=demo minutes")
+    else:
+        yield Finding(OK, f"{text}; evaluation and sampling come on top")
+    size = sum(p.numel() for p in model.parameters()) * 4 * (3 * STATE_COPIES + 1)  # two checkpoints and one in writing
+    space = shutil.disk_usage(state_root()).free
+    mark, more = (OK, "") if size < space else (BAD, "; python -m modeling.commands.runs lists what may go")
+    yield Finding(mark, f"disk: {size / 1e9:.2f} GB needed, {space / 1e9:.1f} GB free in {state_root()}{more}")
+
+
+def _noise(folder: Path, shape: list[int], classes: list[str], count: int) -> Prepared:
+    images = np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
+    split = images, np.arange(count) % max(len(classes), 1)
+    return write_prepared(folder / "noise", (split, split, classes), {"name": "noise"})
+
+
+def _seconds_per_step(trainer: Trainer) -> float:
+    trainer.model.train()
+    trainer.train_step()  # the first takes longer
+    start = _now(trainer)
+    for steps in itertools.count(1):
+        poll()
+        trainer.train_step()
+        if (passed := _now(trainer) - start) > MEASURE[1] and steps >= MEASURE[0]:
+            return passed / steps
+    raise AssertionError
+
+
+def _now(trainer: Trainer) -> float:
+    if trainer.compute.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _free_memory(compute: Compute) -> int:
+    if compute.device.type == "cuda":
+        return torch.cuda.mem_get_info(compute.device)[0]
+    return int(psutil.virtual_memory().available) + int(psutil.Process().memory_info().rss)
+
+
+def _used_memory(compute: Compute) -> int:
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_reserved(compute.device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _wandb(config: Config) -> Finding:
+    mode = chosen_mode(config.wandb)
+    if mode == "online" and not has_key():
+        return Finding(NOTE, "W&B: online, but there is no API key: set WANDB_API_KEY, or the run is kept offline")
+    return Finding(OK, f"W&B: {mode}")
+
+
+def _inception(config: Config) -> Finding:
+    e = config.evaluation
+    if e.fid_samples is None:
+        return Finding(OK, "FID: left out, evaluation.fid_samples=null")
+    path = fid.cached_weights() if e.inception_weights is None else Path(e.inception_weights)
+    if e.inception_weights is not None or path.exists():
+        return Finding(OK, f"FID: of {e.fid_samples:,} samples, weights in {path}")
+    return Finding(
+        NOTE, f"FID: its weights are downloaded on first use into {path}; evaluation.inception_weights=<file>"
+    )
+
+
+def _repository() -> Iterator[Finding]:
+    """Git and DVC: what an experiment would record."""
+    root = state_root()
+    with suppress(OSError):
+        extra, missing, _ = against_conf(OmegaConf.load(root / "params.yaml"), str(root))
+        if keys := sorted(extra | missing):
+            yield Finding(NOTE, f"DVC: params.yaml and conf/ differ in the key {keys[0]}; make params mends it")
+        else:
+            yield Finding(OK, "DVC: params.yaml has the keys of conf/")
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", "modeling", "conf", "main.py", "dvc.yaml").splitlines()
+        commit = git("rev-parse", "--short", "HEAD").strip()
+    except (OSError, subprocess.CalledProcessError):
+        yield Finding(NOTE, "Git: dvc exp run needs a commit: git init && git add -A && git commit -m start")
+        return
+    if changed:
+        more = f"{changed[0][3:]} and {len(changed) - 1} more" if len(changed) > 1 else changed[0][3:]
+        yield Finding(NOTE, f"Git: changed since {commit}: {more}; git commit keeps what makes the run")
+    else:
+        yield Finding(OK, f"Git: at {commit}, code and conf/ unchanged")

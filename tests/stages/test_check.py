@@ -1,0 +1,109 @@
+"""The stage check: a mark for each thing that a job needs, real steps measured, nothing left behind."""
+
+import shutil
+import subprocess
+
+import pytest
+from dvc.utils.hydra import compose_and_dump
+from helpers.configs import CONF, load
+from helpers.pipeline import ROOT, environment
+from helpers.runs import RECIPE
+
+from modeling.checkpoints.checkpoint import save_checkpoint
+from modeling.checkpoints.run_folder import Run
+from modeling.data.prepared import Prepared, prepare
+from modeling.reliability.errors import UserError
+from modeling.stages import check
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """The repository's root; one step is measured."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(check, "MEASURE", (1, 0.0))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def findings(root, caplog):
+    """Runs the stage and gives what it says about each thing, and its error."""
+
+    def findings(*arguments):
+        caplog.clear()
+        caplog.set_level("INFO")
+        error = None
+        try:
+            check.run(load(*RECIPE, *arguments), root)
+        except UserError as raised:
+            error = str(raised)
+        lines = [message for message in caplog.messages if message[:5] in ("ok   ", "note ", "BAD  ")]
+        return {line[5:].partition(":")[0]: (line[:4].strip(), line) for line in lines}, error
+
+    return findings
+
+
+def test_what_a_job_needs(root, findings):
+    found, error = findings()
+    assert error is None and {"configuration", "device", "memory", "training", "disk", "W&B", "FID"} <= found.keys()
+    assert {mark for mark, _ in found.values()} == {"ok", "note"} and found["data"][0] == "note"
+    assert " s for 40 steps" in found["training"][1] and not list(root.rglob("*.pt"))
+    config = load(*RECIPE)
+    data = prepare(config, config.data, again=True)
+    run = Run(config, False, Prepared(data.folder).sha256)
+    save_checkpoint(run.folder, 30, {})
+    found, _ = findings()
+    assert found["data"][0] == "ok" and data.sha256["train"][:12] in found["data"][1]
+    assert "for 10 steps after the 30 that are done" in found["training"][1]
+    assert "for 40 steps;" in findings("trainer.resume=never")[0]["training"][1]
+
+
+def test_what_a_job_lacks(root, findings, monkeypatch):
+    found, error = findings("model.attention_resolutions=[7]")
+    assert error.startswith("1 of these must be mended") and found.keys() == {"configuration"}
+    (root / "images").mkdir()
+    found, error = findings("data=folder", f"data.path={root / 'images'}")
+    assert error is None and found["speed, memory and disk"][0] == "note" and "training" not in found
+    monkeypatch.setattr(check, "_free_memory", lambda compute: 1)
+    monkeypatch.setattr(check, "LONG", 0.0)
+    monkeypatch.setattr(check, "has_key", lambda: False)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    found, error = findings("wandb.mode=online", "evaluation.fid_samples=10")
+    assert {name for name, (mark, _) in found.items() if mark == "BAD"} == {"disk"} and error
+    notes = {name: line for name, (mark, line) in found.items() if mark == "note"}
+    assert notes.keys() >= {"memory", "training", "W&B", "FID"} and "cifar10_cpu" in notes["training"]
+    (root / "w").touch()
+    assert findings("evaluation.fid_samples=10", f"evaluation.inception_weights={root / 'w'}")[0]["FID"][0] == "ok"
+
+
+def test_a_step_that_fails(findings, monkeypatch):
+    def fails(error):
+        def train_step(self):
+            raise error
+
+        monkeypatch.setattr(check.Trainer, "train_step", train_step)
+
+    fails(MemoryError())
+    found, error = findings()
+    assert error and "out of memory in stage train" in next(line for mark, line in found.values() if mark == "BAD")
+    fails(KeyError("a bug"))
+    with pytest.raises(KeyError):
+        findings()
+
+
+def test_git_and_dvc(root, findings):
+    found, _ = findings()
+    assert "git init" in found["Git"][1] and "DVC" not in found
+    shutil.copytree(CONF, root / "conf")
+    shutil.copy(ROOT / "dvc.yaml", root)
+    compose_and_dump(str(root / "params.yaml"), str(root / "conf"), None, "config", ".", [])
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        subprocess.run(["git", *command], cwd=root, env=environment(root), check=True)
+    found, _ = findings()
+    assert found["Git"][0] == found["DVC"][0] == "ok"
+    for name, line in (("conf/trainer/default.yaml", "another_key: 1\n"), ("dvc.yaml", "# changed\n")):
+        with (root / name).open("a") as file:
+            file.write(line)
+    found, _ = findings()
+    assert "conf/trainer/default.yaml and 1 more" in found["Git"][1]
+    assert "differ in the key trainer.another_key" in found["DVC"][1]
