@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "training": {"checkpoints", "interop", *INFERENCE},
     "evaluation": {"checkpoints", "interop", *INFERENCE},
     "reporting": {"checkpoints", "interop", "training", *INFERENCE},
-    "stages": {"checkpoints", "interop", "training", "evaluation", "reporting", *INFERENCE},
+    "stages": {"config", "checkpoints", "interop", "training", "evaluation", "reporting", *INFERENCE},
     "main": {"config", "distributed", "reliability", "settings", "stages"},
 }
 MOST_ARGUMENTS = 7
