@@ -51,10 +51,13 @@ def plot(series: Mapping[str, Sequence[tuple[int, float]]], ylabel: str, log: bo
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        # Handles and numbers, since Matplotlib hides a name that begins with _, and sets one between $ as formulas.
-        shown = [name if len(series) < 3 else f"{k}. {name}" for k, name in enumerate(series, 1)]
-        for text in axes.legend(lines, shown, fontsize=9).get_texts():
-            text.set_parse_math(False)
+        if len(series) > 1:
+            legend = axes.legend(lines, [*map(str, range(len(lines)))], fontsize=9)
+            for text, name in zip(
+                legend.get_texts(), series, strict=True
+            ):  # a name with _ or $ would mean more as label
+                text.set_parse_math(False)
+                text.set_text(name)
         content = io.BytesIO()
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     return _uri("svg+xml", content.getvalue())

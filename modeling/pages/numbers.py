@@ -24,9 +24,9 @@ FORMATS = {
 }
 NAMES = {
     "bits_per_dim": "bits/dim",
-    "held_out_loss": "held-out loss",
-    "images": "images seen",
-    "images_per_second": "images/s in training",
+    "held_out_loss": "loss",
+    "images": "images",
+    "images_per_second": "images/s",
 }
 
 
@@ -101,9 +101,10 @@ def _likelihood(data: str, results: Results) -> Iterator[Headline]:
 
 def _effort(data: str, results: Results) -> Iterator[Headline]:
     found = results.training | results.metrics
-    for metric in ("parameters", "steps", "images", "images_per_second"):
+    names = {"images": "images seen", "images_per_second": "images/s in training"}
+    for metric, name in ({"parameters": "parameters", "steps": "steps"} | names).items():
         if metric in found:
             beside = "35.7 million" if metric == "parameters" and data == PUBLISHED_ON else ""
-            yield Headline(label(metric), formatted(metric, found[metric]), beside)
+            yield Headline(name, formatted(metric, found[metric]), beside)
     if "seconds" in found:
         yield Headline("time of training", str(timedelta(seconds=round(found["seconds"]))))
