@@ -22,7 +22,7 @@ from modeling.distributed import launcher
 from modeling.reliability.errors import ConfigError, Stopped, UserError, explain
 from modeling.reliability.signals import resume_command, stop_requests
 
-ORDER = ("validate", "prepare", "train", "sample", "evaluate")
+ORDER = ("validate", "prepare", "train", "sample", "evaluate", "report")
 TYPED = tuple(sys.argv)
 
 

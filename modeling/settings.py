@@ -12,7 +12,7 @@ from typing import Any
 
 MAX_TIMESTEPS = 1_000_000  # T: more would not fit into the memory of a small machine
 BETA_MIN = 1e-8  # below it, the first step would add no noise that a float could tell from none
-STAGES = ("all", "check", "validate", "prepare", "train", "sample", "evaluate", "export")
+STAGES = ("all", "check", "validate", "prepare", "train", "sample", "evaluate", "report", "export")
 
 
 def _key(holds: Callable[[Any], bool] = lambda _: True, allowed: str = "", affects: str = "weights") -> Any:

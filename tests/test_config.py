@@ -44,7 +44,7 @@ BAD = {
     "+trainer.speed=9": "trainer.speed: no such key; allowed are steps, batch_size",
     "+optimizer.speed=9": "optimizer.speed: no such key; allowed are name, lr, warmup_steps",
     "+nonsense=1": "nonsense: no such key; allowed are data, deterministic, device",
-    "stage=fly": "stage=fly: allowed are all, check, validate, prepare, train, sample, evaluate, export",
+    "stage=fly": "stage=fly: allowed are all, check, validate, prepare, train, sample, evaluate, report, export",
     "seed=x": "seed: Value 'x' of type 'str' could not be converted to Integer",
     "seed=-1": "seed=-1: must not be negative",
     "data=folder": "data.path: must be given",
