@@ -205,7 +205,7 @@ def stages():
     return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate", "report"])
 def test_dvc_depends_on_what_a_stage_imports(stage):
     """Every imported file with code lies under a declared dependency, and every dependency holds an imported file."""
     code = (
