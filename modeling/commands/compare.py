@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling.pages.html import MOST_BYTES, pictures, plot, render
-from modeling.pages.numbers import formatted, is_fid, label, with_error
+from modeling.pages.numbers import is_fid, label, with_error
 from modeling.pages.recipe import flat
 from modeling.pages.results import Read, Results, folder_reader, thinned
 from modeling.reliability.errors import UserError
