@@ -6,17 +6,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: demo test lint bench params repository
 .DELETE_ON_ERROR:
 
-# prepare -> train -> evaluate through DVC, on the embedded data set.
+# The whole pipeline through DVC, on the embedded data set.
 demo: repository .venv/.installed
 	@git config user.email > /dev/null || { \
 	  export GIT_AUTHOR_NAME=demo GIT_AUTHOR_EMAIL=demo@localhost; \
 	  export GIT_COMMITTER_NAME=demo GIT_COMMITTER_EMAIL=demo@localhost; }; \
 	  dvc exp run -S experiment=demo
 	@echo
+	@echo "report:   reports/report.html, open it in a browser"
 	@echo "samples:  reports/samples.png"
 	@echo "metrics:  reports/train.json, reports/evaluate.json (dvc metrics show)"
-	@echo "curves:   reports/curves.png, reports/train.csv (dvc plots show)"
 	@echo "model:    models/model.safetensors (python main.py stage=sample)"
+	@echo "to keep this run in Git: git add params.yaml dvc.lock reports && git commit; or: git checkout params.yaml"
 
 # DVC versions experiments in Git, so a folder from a zip file is not enough.
 repository:
