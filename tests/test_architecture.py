@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "training": {"checkpoints", "interop", *INFERENCE},
     "evaluation": {"checkpoints", "interop", *INFERENCE},
     "reporting": {"checkpoints", "interop", "training", *INFERENCE},
-    "stages": {"checkpoints", "interop", "training", "evaluation", "reporting", *INFERENCE},
+    "pages": {"reliability", "settings"},
+    "stages": {"checkpoints", "interop", "training", "evaluation", "reporting", "pages", *INFERENCE},
+    "commands": {"checkpoints", "interop", "training", "evaluation", "reporting", "pages", "stages", *INFERENCE},
     "main": {"config", "distributed", "reliability", "settings", "stages"},
 }
 MOST_ARGUMENTS = 7

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+@cache
 def composed(*overrides: str) -> dict[str, Any]:
     """What conf/ composes to, flat; with no override: the defaults."""
     with _conf():
