@@ -14,10 +14,10 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from modeling.config import check_params, load_config, no_such_key
+from modeling.config import load_config, no_such_key
 from modeling.distributed import launcher
 from modeling.reliability.errors import ConfigError, Stopped, UserError, explain
 from modeling.reliability.signals import resume_command, stop_requests
@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
     stage, resume = "", "auto"
     try:
         if cfg.get("stage") == "validate" and settings.job.config_name == "params":
-            check_params(cfg, settings.runtime.cwd)
+            importlib.import_module("modeling.recipe").check_params(OmegaConf.to_container(cfg))
         config = load_config(cfg, settings.overrides.task)
         resume = config.trainer.resume
         out = Path(config.out_dir or settings.runtime.output_dir)

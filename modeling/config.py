@@ -4,24 +4,18 @@ OmegaConf checks types and unknown keys against the dataclasses of settings.py; 
 checked here. Whatever is wrong raises ConfigError with one line that names the key.
 """
 
-import logging
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from modeling.reliability.errors import ConfigError, require
 from modeling.settings import GROUPS, Config, Group, TopConfig
 
-log = logging.getLogger(__name__)
 _TOP = [f.name for f in fields(TopConfig)]
 _ALLOWED = sorted({*_TOP, "experiment", *GROUPS})
 
@@ -54,64 +48,6 @@ def load_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     for group, values in groups.items():
         _check_ranges(f"{group}.", values, config)
     return config
-
-
-def composed(folder: Path, *overrides: str) -> DictConfig:
-    """What a folder of Hydra's configuration composes to, also while Hydra runs a job."""
-    running = GlobalHydra.instance()
-    before, running.hydra = running.hydra, None
-    try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            found: DictConfig = compose("config", list(overrides))
-            return found
-    finally:
-        GlobalHydra.instance().hydra = before
-
-
-def differences(ours: DictConfig, theirs: DictConfig) -> tuple[set[str], set[str], dict[str, tuple[Any, Any]]]:
-    """Dotted keys that only one of them has, and the two values of keys that differ; not `stage` and `out_dir`."""
-    a, b = (_flat(OmegaConf.to_container(cfg)) for cfg in (ours, theirs))
-    return a.keys() - b.keys(), b.keys() - a.keys(), {k: (a[k], b[k]) for k in a.keys() & b.keys() if a[k] != b[k]}
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    parts = [_flat(value, f"{prefix}.{key}".lstrip(".")) for key, value in values.items()]
-    return {key: value for part in parts for key, value in part.items() if key not in ("stage", "out_dir")}
-
-
-def _closest(cfg: DictConfig, conf: Path, recipe: list[str]) -> DictConfig:
-    """What a recipe composes to with the choices of `cfg` that are others than its own."""
-    own = composed(conf, *recipe)
-    chosen = {group: cfg.get(group, {}).get(schema.key) for group, schema in GROUPS.items()}
-    others = [f"{group}={name}" for group, name in chosen.items() if name != own[group].get(GROUPS[group].key)]
-    others = [each for each in others if Path(conf, each.replace("=", "/")).with_suffix(".yaml").exists()]
-    return composed(conf, *recipe, *others) if others else own
-
-
-def against_conf(params: Any, folder: str) -> tuple[set[str], set[str], dict[str, tuple[Any, Any]]]:
-    """The `differences` of params.yaml, a mapping, to the closest that conf/ under `folder` composes to."""
-    cfg, conf = OmegaConf.create(params), Path(folder, "conf")
-    recipes = [[], *([f"experiment={path.stem}"] for path in sorted(conf.glob("experiment/*.yaml")))]
-    found = [differences(cfg, _closest(cfg, conf, recipe)) for recipe in recipes]
-    return min(found, key=lambda each: sum(map(len, each)))
-
-
-def check_params(cfg: DictConfig, folder: str) -> None:
-    """Says what in params.yaml, here `cfg`, conf/ under `folder` does not compose to; ConfigError if keys differ.
-
-    For `dvc repro`: it takes params.yaml as it is, while `dvc exp run` composes it anew.
-    """
-    if "DVC_EXP_NAME" in os.environ:
-        return
-    extra, missing, changed = against_conf(cfg, folder)
-    mend = "dvc exp run composes it anew"
-    if keys := sorted(extra | missing):
-        raise ConfigError(f"params.yaml and conf/ differ in the key {keys[0]} ({len(keys)} in all): {mend}")
-    if changed:
-        shown = [f"{key}={value} (conf/ has {other})" for key, (value, other) in sorted(changed.items())]
-        log.warning("params.yaml is not what conf/ composes to: %s; %s", ", ".join(shown[:3]), mend)
 
 
 def _structured(prefix: str, schema: type[Group], node: DictConfig) -> Any:

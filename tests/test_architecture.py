@@ -36,8 +36,11 @@ MAY_IMPORT = {
     "training": {"checkpoints", "interop", *INFERENCE},
     "evaluation": {"checkpoints", "interop", *INFERENCE},
     "reporting": {"checkpoints", "interop", "training", *INFERENCE},
-    "stages": {"config", "checkpoints", "interop", "training", "evaluation", "reporting", *INFERENCE},
-    "main": {"config", "distributed", "reliability", "settings", "stages"},
+    "recipe": {"reliability", "settings"},
+    "pages": {"reliability", "settings", "recipe"},
+    "stages": {"checkpoints", "interop", "training", "evaluation", "reporting", "pages", "recipe", *INFERENCE},
+    "commands": {"checkpoints", "interop", "training", "evaluation", "reporting", "pages", "recipe", *INFERENCE},
+    "main": {"config", "distributed", "recipe", "reliability", "settings", "stages"},
 }
 MOST_ARGUMENTS = 7
 REGISTRIES = {"sampler": SAMPLERS, "diffusion": SCHEDULES, "data": SOURCES, "optimizer": OPTIMIZERS}

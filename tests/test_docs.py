@@ -43,7 +43,7 @@ def missing_files(span):
 
 
 def missing_commands(span):
-    for name in re.findall(r"python -m (benchmarks[\w.]*)", span):
+    for name in re.findall(r"python -m ((?:benchmarks|modeling)[\w.]*)", span):
         path = ROOT / name.replace(".", "/")
         if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
             yield f"python -m {name}"

@@ -14,15 +14,15 @@ from typing import Any
 
 from modeling.pages.html import MOST_BYTES, pictures, plot, render
 from modeling.pages.numbers import is_fid, label, with_error
-from modeling.pages.recipe import flat
 from modeling.pages.results import Read, Results, folder_reader, thinned
+from modeling.recipe import flat
 from modeling.reliability.errors import UserError
 from modeling.reliability.files import write_atomic
 
 WIDTH = 100  # columns where there is no terminal
-LINES = 3  # of the parameters of an experiment, in a quarter of the width
+LINES = 2  # of the parameters of an experiment, in a quarter of the width
 MORE_IS_BETTER = ("images", "images_per_second")
-MOST_FIDS = 3  # columns; with the others there are ten at most
+MOST_FIDS = 2  # columns; with the others there are ten at most
 MOST_POINTS = 500  # of a curve
 FOR_MARKUP = 400_000  # bytes of a page for its own words, its table and what JSON in HTML needs more
 PLOTS = {"loss": "Training loss", "held_out_loss": "Held-out loss (EMA)", "grad_norm": "Norm of the gradient"}
@@ -115,8 +115,8 @@ def _row(state: Mapping[str, Any], executor: Mapping[str, Any] | None, is_experi
     )
 
 
-def rank(rows: Sequence[Experiment], sort_by: str | None) -> str | None:
-    """Numbers the rows by a metric, which it returns: equal values share a number; rows without it have none.
+def rank(rows: Sequence[Experiment], sort_by: str | None) -> str:
+    """Numbers the rows by a metric, and returns its name, "" if there is none; equal values share a number.
 
     Unless it is given, it is the FID if all that have metrics have it, else bits_per_dim, else held_out_loss.
     """
@@ -125,15 +125,11 @@ def rank(rows: Sequence[Experiment], sort_by: str | None) -> str | None:
         raise UserError(f"--sort-by {sort_by}: allowed are {', '.join(known) or 'none yet, as nothing has metrics'}")
     measured = [row.metrics for row in rows if row.metrics]
     usual = [*filter(is_fid, known), "bits_per_dim", "held_out_loss"]
-    common = [key for key in usual if all(key in metrics for metrics in measured)]
-    metric = sort_by or next(iter([*common, *(key for key in usual[::-1] if key in known), *known]), None)
-    if measured and metric is not None:
-        values = sorted(
-            (row.metrics[metric] for row in rows if metric in row.metrics), reverse=metric in MORE_IS_BETTER
-        )
-        for row in rows:
-            if metric in row.metrics:
-                row.rank = values.index(row.metrics[metric]) + 1
+    common = [key for key in usual if key in known and all(key in metrics for metrics in measured)]
+    metric = sort_by or next(iter([*common, *(key for key in reversed(usual) if key in known), *known]), "")
+    values = sorted((row.metrics[metric] for row in rows if metric in row.metrics), reverse=metric in MORE_IS_BETTER)
+    for row in rows:
+        row.rank = values.index(row.metrics[metric]) + 1 if metric in row.metrics else None
     return metric
 
 
@@ -156,7 +152,7 @@ def differences(rows: Sequence[Experiment]) -> list[dict[str, Any]]:
     return found
 
 
-def notes(rows: Sequence[Experiment], metric: str | None) -> list[str]:
+def notes(rows: Sequence[Experiment], metric: str) -> list[str]:
     """What is to be known about the order."""
     found = [f"best first by {metric}"] if metric else []
     if len({row.params.get("data.name") for row in rows if row.metrics}) > 1:
@@ -198,7 +194,7 @@ def print_table(rows: Sequence[Experiment]) -> None:
     Console(width=width, highlight=False).print(shown)
 
 
-def page(rows: Sequence[Experiment], metric: str | None) -> str:
+def page(rows: Sequence[Experiment], metric: str) -> str:
     """The HTML page: the table, the curves of all rows in one plot for each metric, and their samples."""
     results = {row.name: Results(reader(row)) for row in rows if row.metrics}
     curves = {
@@ -208,7 +204,7 @@ def page(rows: Sequence[Experiment], metric: str | None) -> str:
     plots = {}
     for key, heading in PLOTS.items():
         if series := {name: found[key] for name, found in curves.items() if found.get(key)}:
-            plots[heading] = plot(series, heading.lower(), log=True)
+            plots[heading] = plot(series, heading, log=True)
     differs_in = {row.name: differs for row, differs in zip(rows, differences(rows), strict=True) if differs}
     data = {
         "experiments": [vars(row) | {"curves": curves.get(row.name, {})} for row in rows],

@@ -24,11 +24,11 @@ from omegaconf import OmegaConf
 from modeling.build import build_model
 from modeling.checkpoints.checkpoint import checkpoints, step_of
 from modeling.checkpoints.run_folder import Run
-from modeling.config import against_conf
 from modeling.data.prepared import Prepared, prepared_folder, write_prepared
 from modeling.evaluation import fid
 from modeling.inference.device import Compute, choose_compute
-from modeling.reliability.errors import UserError, explain
+from modeling.recipe import check_keys
+from modeling.reliability.errors import ConfigError, UserError, explain
 from modeling.reliability.files import state_root
 from modeling.reliability.signals import poll
 from modeling.reporting.progress import LONG, duration
@@ -188,11 +188,11 @@ def _repository() -> Iterator[Finding]:
     """Git and DVC: what an experiment would record."""
     root = state_root()
     with suppress(OSError):
-        extra, missing, _ = against_conf(OmegaConf.load(root / "params.yaml"), str(root))
-        if keys := sorted(extra | missing):
-            yield Finding(NOTE, f"DVC: params.yaml and conf/ differ in the key {keys[0]}; make params mends it")
-        else:
+        try:
+            check_keys(OmegaConf.to_container(OmegaConf.load(root / "params.yaml")))  # type: ignore[arg-type]  # a mapping
             yield Finding(OK, "DVC: params.yaml has the keys of conf/")
+        except ConfigError as error:
+            yield Finding(NOTE, f"DVC: {error}")
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout

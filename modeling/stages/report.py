@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from modeling.pages.html import MOST_BYTES, pictures, plot, render
 from modeling.pages.numbers import PUBLISHED_ON, SOURCE, headlines
 from modeling.pages.provenance import git, model_metadata, provenance
-from modeling.pages.recipe import NO_RECIPE, command, composed, differences, flat
 from modeling.pages.results import Results, folder_reader, thinned
+from modeling.recipe import NO_RECIPE, command, composed, differences, flat
 from modeling.reliability.errors import UserError
 from modeling.reliability.files import state_root, write_atomic
 from modeling.settings import Config

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from dvc.utils.hydra import compose_and_dump
 from helpers.configs import CONF, load
-from helpers.pipeline import ROOT, environment
+from helpers.pipeline import environment
 from helpers.runs import RECIPE
 
 from modeling.checkpoints.checkpoint import save_checkpoint
@@ -94,16 +94,19 @@ def test_a_step_that_fails(findings, monkeypatch):
 def test_git_and_dvc(root, findings):
     found, _ = findings()
     assert "git init" in found["Git"][1] and "DVC" not in found
-    shutil.copytree(CONF, root / "conf")
-    shutil.copy(ROOT / "dvc.yaml", root)
-    compose_and_dump(str(root / "params.yaml"), str(root / "conf"), None, "config", ".", [])
+    compose_and_dump(str(root / "params.yaml"), str(CONF), None, "config", ".", [])
+    (root / "conf").mkdir()
+    (root / "conf/config.yaml").touch()
+    (root / "dvc.yaml").touch()
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         subprocess.run(["git", *command], cwd=root, env=environment(root), check=True)
     found, _ = findings()
     assert found["Git"][0] == found["DVC"][0] == "ok"
-    for name, line in (("conf/trainer/default.yaml", "another_key: 1\n"), ("dvc.yaml", "# changed\n")):
+    for name in ("conf/config.yaml", "dvc.yaml", "params.yaml"):
         with (root / name).open("a") as file:
-            file.write(line)
+            file.write("another_key: 1\n")
     found, _ = findings()
-    assert "conf/trainer/default.yaml and 1 more" in found["Git"][1]
-    assert "differ in the key trainer.another_key" in found["DVC"][1]
+    assert "conf/config.yaml and 1 more" in found["Git"][1]
+    assert "differ in the key another_key (1 in all)" in found["DVC"][1]
+    (root / "dvc.yaml").write_text("")
+    assert "conf/config.yaml; git commit keeps" in findings()[0]["Git"][1]

@@ -1,8 +1,11 @@
-"""How a configuration differs from conf/, and the command that leads to it."""
+"""How a configuration differs from what conf/ composes to, and the command that leads to it."""
 
+import logging
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
+from modeling.reliability.errors import ConfigError
 from modeling.settings import GROUPS
 
-CONF = Path(__file__).parents[2] / "conf"
+log = logging.getLogger(__name__)
+CONF = Path(__file__).parents[1] / "conf"
+COMPOSE = "dvc exp run composes it anew"
 NO_RECIPE = ("stage", "out_dir", "named")  # say what to run and where, not what comes out
 
 
@@ -26,6 +32,7 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+@cache
 def composed(*overrides: str) -> dict[str, Any]:
     """What conf/ composes to, flat; with no override: the defaults."""
     with _conf():
@@ -49,24 +56,47 @@ def differences(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[s
     return {key: (default.get(key), value) for key, value in config.items() if default.get(key) != value}
 
 
-def command(config: Mapping[str, Any]) -> str:
-    """The shortest `dvc exp run` that composes to a flat configuration."""
+def closest(config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The recipe, with the choices of a flat configuration, closest to it: what to type, and what that composes to."""
     recipes = [[], *([f"experiment={path.stem}"] for path in sorted((CONF / "experiment").glob("*.yaml")))]
-    found = min((_overrides(recipe, config) for recipe in recipes), key=lambda each: (each[0], len(each[1])))[1]
-    return shlex.join(["dvc", "exp", "run", *(word for override in found for word in ("-S", override))])
+    found = [_with_choices(recipe, config) for recipe in recipes]
+    # A key too many cannot be taken away by an override.
+    return min(found, key=lambda each: (len(each[1].keys() - config.keys()), len(differences(config, each[1]))))
 
 
-def _overrides(recipe: list[str], config: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """What to type to come from a recipe to a configuration, after the number of keys that would be too many."""
-    base = composed(*recipe)
-    typed = list(recipe)
+def _with_choices(recipe: list[str], config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    base, typed = composed(*recipe), list(recipe)
     for group, schema in GROUPS.items():
         choice = config.get(key := f"{group}.{schema.key}")
         if choice != base.get(key) and (CONF / group / f"{choice}.yaml").exists():
             typed.append(f"{group}={choice}")
-    base = composed(*typed)
-    changed = [f"{key}={_typed(value)}" for key, value in config.items() if key not in base or base[key] != value]
-    return len(base.keys() - config.keys()), typed + changed
+    return typed, composed(*typed) if typed != recipe else base
+
+
+def command(config: Mapping[str, Any]) -> str:
+    """The shortest `dvc exp run` that composes to a flat configuration."""
+    typed, base = closest(config)
+    overrides = typed + [f"{key}={_typed(value)}" for key, (_, value) in differences(config, base).items()]
+    return shlex.join(["dvc", "exp", "run", *(word for override in overrides for word in ("-S", override))])
+
+
+def check_keys(params: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The `differences` of params.yaml, nested, to what conf/ composes to; ConfigError if the keys are not the same."""
+    values = flat(params)
+    _, base = closest(values)
+    if keys := sorted(values.keys() ^ base.keys()):
+        raise ConfigError(f"params.yaml and conf/ differ in the key {keys[0]} ({len(keys)} in all): {COMPOSE}")
+    return differences(values, base)
+
+
+def check_params(params: Mapping[str, Any]) -> None:
+    """Logs the values in params.yaml that conf/ does not compose to; ConfigError if the keys are not the same.
+
+    For `dvc repro`, which takes params.yaml as it is; `dvc exp run` has just composed it.
+    """
+    if "DVC_EXP_NAME" not in os.environ and (changed := check_keys(params)):
+        shown = [f"{key}={value} (conf/ has {default})" for key, (default, value) in sorted(changed.items())[:3]]
+        log.warning("params.yaml is not what conf/ composes to: %s; %s", ", ".join(shown), COMPOSE)
 
 
 def _typed(value: Any) -> str:
