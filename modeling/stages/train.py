@@ -40,7 +40,7 @@ def run(config: Config, out: Path) -> None:
     """Trains, or resumes training, and publishes the model under `out`."""
     if config.model.weights is not None:
         raise ConfigError(f"model.weights={config.model.weights}: for stage=sample and stage=evaluate only")
-    compute = choose_compute(config.device, config.precision, config.deterministic)
+    compute = choose_compute(config.device, config.precision, config.deterministic, config.threads)
     data = ensure_prepared(config, config.data)
     classes = data.classes if config.model.class_conditional else []
     # Now, not after the training.
@@ -63,7 +63,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     write_atomic(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
     name = os.environ.get("DVC_EXP_NAME") or f"{config.data.name}-{config.model.name}-{run.name[:6]}"
     wandb_run = WandbRun(config.wandb, resolved, run.notes["wandb_id"], name, state_root())
-    progress = Progress(config.trainer.steps, config.trainer.batch_size, compute.device)
+    progress = Progress(config.trainer, compute.device)
     shown = BatchSource(data.train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
     reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), model.num_classes)
     parameters = sum(p.numel() for p in model.parameters())
@@ -71,6 +71,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     wandb_run.artifact("config", "config", run.folder / "config.yaml")
     # Of the trainer's keys only those that change weights: else a resumed run would publish another file.
     recipe = {key: resolved[key] for key in RECIPE} | {"trainer": affects(config.trainer, "weights")}
+    recipe["sampler"] = config.sampler.method()
     about: dict[str, Any] = {
         "config": recipe,
         "image_shape": data.shape,

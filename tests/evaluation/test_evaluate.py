@@ -11,7 +11,7 @@ from helpers.training import CPU
 from modeling.build import build_model
 from modeling.evaluation import fid
 from modeling.inference.device import Compute
-from modeling.stages import evaluate, prepare, train
+from modeling.stages import evaluate, prepare, sample, train
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
         stage(evaluate, *local)
     assert loaded == 2 * [("w", "01234567", CPU.device)]
     assert report()["quality"] == quality and caplog.text.count("once") == 1  # the reference was kept
-    kept = [path.parent for path in (tmp_path / "state").glob("runs/samples-for-fid/*/0000000-*.npy")]
-    assert len(kept) == 1  # of the same sampler, weights and code
+    kept = [path.parent for path in (tmp_path / "state").glob("runs/samples/*/0000000-*.npy")]
+    assert len({*kept}) == 1  # of the same sampler, weights and code
     stage(evaluate, "evaluation.fid_samples=10")
     assert "could not be downloaded" in report()["quality"]["left_out"] and report()["bits_per_dim"] > 0
     stage(evaluate)
@@ -71,16 +71,16 @@ def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
         folders.append(folder)
         raise Enough
 
-    monkeypatch.setattr(fid, "kept_samples", kept)
+    monkeypatch.setattr(sample, "kept_samples", kept)
     config = load(*TINY, "evaluation.fid_samples=12")
 
     def folder(code="x", bf16=False, sampler=config.sampler, diffusion=config.diffusion, **changes):
-        monkeypatch.setattr(evaluate, "code_hash", lambda *entries: code)
+        monkeypatch.setattr(sample, "code_hash", lambda *entries: code)
         used = dataclasses.replace(config, sampler=dataclasses.replace(sampler, **changes))
-        meta = {"sha256": "a", "config": {"diffusion": vars(diffusion)}}
+        meta = {"sha256": "a", "image_shape": (8, 8, 3), "classes": ["cat"], "config": {"diffusion": vars(diffusion)}}
         model = build_model(config.model, diffusion, (8, 8, 3), 0, 0)
         with pytest.raises(Enough):
-            evaluate._quality(used, None, model, meta, None, Compute(CPU.device, bf16))
+            sample.configured_samples(used, model, meta, 12, Compute(CPU.device, bf16))
         return folders[-1]
 
     first = folder()
