@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from modeling.build import build_model, check_sampler
@@ -21,7 +22,7 @@ from modeling.distributed.collectives import is_first, world_size
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import to_uint8
 from modeling.reliability.errors import ConfigError, Stopped
-from modeling.reliability.files import make_writable, state_root, write_atomic
+from modeling.reliability.files import make_writable, sharers, state_root, write_atomic
 from modeling.reliability.signals import poll
 from modeling.reporting.progress import Progress
 from modeling.reporting.reports import Reports
@@ -55,7 +56,21 @@ def run(config: Config, out: Path) -> None:
         make_writable(needed)
     poll()
     with run.locked():
+        _mention_sharers(run, compute)
         _train(config, out, run, model, data, compute)
+
+
+def _mention_sharers(run: Run, compute: Compute) -> None:
+    """Says which other trainings use the same cores, and what is faster for all of them."""
+    others = sharers(run.folder.parent.glob("*/lock")) if compute.device.type == "cpu" else []
+    threads = max(1, (os.cpu_count() or 1) // (1 + len(others)))
+    if others and threads < torch.get_num_threads():
+        log.warning(
+            "%s on the same cores (process %s): threads=%d in each is faster",
+            "other trainings run" if len(others) > 1 else "another training runs",
+            ", ".join(map(str, others)),
+            threads,
+        )
 
 
 def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Prepared, compute: Compute) -> None:
