@@ -11,6 +11,8 @@ from helpers.training import CPU
 from modeling.build import build_model
 from modeling.evaluation import fid
 from modeling.inference.device import Compute
+from modeling.inference.samples import draw_samples
+from modeling.reliability.errors import Stopped
 from modeling.stages import evaluate, prepare, sample, train
 
 
@@ -57,6 +59,32 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
     assert "could not be downloaded" in report()["quality"]["left_out"] and report()["bits_per_dim"] > 0
     stage(evaluate)
     assert report()["quality"] == {"left_out": "evaluation.fid_samples=null"}
+    _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch)
+
+
+def _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch):
+    """The batches that were finished are not drawn again, and the pictures are those of a run without a stop."""
+    few, drawn = ["sampler.num_samples=5", "sampler.batch_size=2", "sampler.seed=7"], []
+
+    def draw(model, sampler, indices, *more):
+        drawn.append(indices)
+        if len(drawn) == 2:
+            raise Stopped("stopped")
+        return draw_samples(model, sampler, indices, *more)
+
+    def pictures():
+        return {path.name: path.read_bytes() for path in tmp_path.rglob("samples/0*.png")}
+
+    monkeypatch.setattr(sample, "draw_samples", draw)
+    with pytest.raises(Stopped):
+        stage(sample, *few)
+    assert not pictures()
+    stage(sample, *few)
+    assert drawn == [range(0, 2), range(2, 4), range(2, 4), range(4, 5)]
+    found = pictures()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))  # where nothing is kept
+    stage(sample, *few)
+    assert pictures() == found and len(found) == 5 and len(drawn) == 7
 
 
 def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
