@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NoReturn
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +22,7 @@ from modeling.config import load_config, no_such_key
 from modeling.distributed import launcher
 from modeling.reliability.errors import ConfigError, Stopped, UserError, explain
 from modeling.reliability.signals import resume_command, stop_requests
+from modeling.reliability.terminal import keep_streams, shorten_log
 
 ORDER = ("validate", "prepare", "train", "sample", "evaluate", "report")
 TYPED = tuple(sys.argv)
@@ -30,11 +32,15 @@ TYPED = tuple(sys.argv)
 def run(cfg: DictConfig) -> None:
     """Checks the configuration and runs its stage, or all of them in order."""
     settings = HydraConfig.get()
+    shorten_log()
+    named = [*settings.overrides.task]
+    if settings.job.config_name != "config":
+        named.append("sampler")  # params.yaml says how to sample; else the model's recipe does, see as_recipe
     stage, resume = "", "auto"
     try:
         if cfg.get("stage") == "validate" and settings.job.config_name == "params":
             importlib.import_module("modeling.recipe").check_params(OmegaConf.to_container(cfg))
-        config = load_config(cfg, settings.overrides.task)
+        config = load_config(cfg, named)
         resume = config.trainer.resume
         out = Path(config.out_dir or settings.runtime.output_dir)
         count = launcher.workers_to_start(config, settings.mode == RunMode.MULTIRUN)
@@ -53,12 +59,18 @@ def main() -> None:
     """Runs the command line; what a user can put right is one line, without a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
     logging.raiseExceptions = False  # a log file on a full disk must not hide what went wrong
+    keep_streams()
     sys.argv += launcher.overrides()
     try:
         with stop_requests():
             run()
     except Exception as error:  # what Hydra raises before `run`
         _end(error)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # its reader has gone, as `head` does: else Python's own flush would end with code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(error: Exception, stage: str = "", resume: str = "auto") -> NoReturn:
@@ -69,13 +81,29 @@ def _end(error: Exception, stage: str = "", resume: str = "auto") -> NoReturn:
         line: str | None = f"{error}; to go on: {resume_command(TYPED, resume if begun else 'auto')}"
     elif isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError):
         unknown = re.match("Could not override '(.+?)'", str(error))
-        line = f"error: {no_such_key(unknown[1]) if unknown else error}"
+        line = f"error: {no_such_key(unknown[1]) if unknown else _how_to_quote(error) or error}"
         code = ConfigError.exit_code
     else:
         known = str(error) if isinstance(error, UserError) else explain(error, stage)
         line = known and f"error: {known}"
     launcher.print_last(" ".join(line.split()) if line else "".join(traceback.format_exception(error)).rstrip(), code)
     raise SystemExit(code)
+
+
+def _how_to_quote(error: Exception) -> str | None:
+    """What to type in place of an override that Hydra's grammar refuses, or None for any other error."""
+    several = re.match("Ambiguous value for argument '(.+)'", str(error))
+    override = error.override if isinstance(error, OverrideParseException) else several and several[1]
+    if not override:
+        return None
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: not of the form key=value; quote a value with blanks twice: 'data.path=\"/my images\"'"
+    if value.startswith("~/"):
+        return f"{override}: write $HOME for ~: {key}=$HOME{value[1:]}"
+    quoted = '"' + value.replace('"', '\\"') + '"'
+    sweep = "; several values need --multirun" if several else ""
+    return f"{override}: quote the value twice: {shlex.quote(key + equals + quoted)}{sweep}"
 
 
 if __name__ == "__main__":

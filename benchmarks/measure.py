@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from modeling.reliability.terminal import counted
+
 Result = TypeVar("Result")
 Contestant = Callable[[], float]
 """Does some work and returns how much: images, floating-point operations, ..."""
@@ -93,9 +95,9 @@ def turn(work: Contestant | Hosted, device: torch.device, seconds: float = 0.0, 
 def by_turns(names: Sequence[str], rounds: int, measure: Callable[[str], Result]) -> dict[str, list[Result]]:
     """What `measure` returns for each name in each round; the order is reversed from one round to the next."""
     found: dict[str, list[Result]] = {name: [] for name in names}
-    for k in range(rounds):
-        for name in names[:: -1 if k % 2 else 1]:
-            found[name].append(measure(name))
+    turns = [name for k in range(rounds) for name in names[:: -1 if k % 2 else 1]]
+    for name in counted("measuring", turns, "turns"):
+        found[name].append(measure(name))
     return found
 
 

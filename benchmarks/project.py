@@ -35,7 +35,7 @@ def configure(*overrides: str) -> Config:
 
 def compute_of(config: Config) -> Compute:
     """The device and the precision, chosen as every stage chooses them."""
-    return choose_compute(config.device, config.precision, config.deterministic)
+    return choose_compute(config.device, config.precision, config.deterministic, config.threads)
 
 
 @dataclass

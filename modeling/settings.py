@@ -195,6 +195,11 @@ class SamplerConfig(Group):
     label: str | None
     compile: bool
 
+    def method(self) -> dict[str, Any]:
+        """How an image is drawn, and not which, how many and how fast: what a model file remembers."""
+        others = ("num_samples", "batch_size", "seed", "label", "compile")
+        return {key: value for key, value in vars(self).items() if key not in others}
+
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         yield _steps_fit(self.steps, "steps", config)
 
@@ -239,6 +244,7 @@ class TopConfig(Group):
     device: str = _one_of("auto", "cpu", "cuda")
     precision: str = _one_of("auto", "bf16", "fp32")
     deterministic: bool
+    threads: int | None = _at_least(1, "for what PyTorch chooses", "nothing")
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from modeling.reliability.terminal import counted
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("prepare", "train", "evaluate")
 SMALL = (
@@ -74,7 +76,7 @@ def measure(rounds: int, commands: bool) -> dict[str, Any]:
         copy = Path(folder) / "repository"
         if commands:
             subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
-        for k in range(rounds):
+        for k in counted("measuring", range(rounds), "rounds"):
             timed("main.py --help", [sys.executable, "main.py", "--help"])
             output = timed("first step", [sys.executable, "-m", "benchmarks.bench.startup", str(time.time()), *SMALL])
             for name, seconds in json.loads(output.splitlines()[-1]).items():

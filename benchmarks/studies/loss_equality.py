@@ -15,6 +15,7 @@ from benchmarks.command import as_json, figure, run_study
 from benchmarks.machine import describe
 from benchmarks.project import RESULTS, compute_of, configure, trainer_on
 from modeling.data.prepared import prepare
+from modeling.reliability.terminal import counted
 from modeling.training.trainer import Reporter
 
 RUNS = {
@@ -55,7 +56,7 @@ def measure(overrides: list[str], steps: int) -> dict[str, Any]:
     intervals = [f"trainer.{name}_every={steps}" for name in ("evaluate", "sample", "checkpoint")]
     plain = ["experiment=demo", "model.class_conditional=false", "trainer.label_dropout=0", "optimizer.lr_decay=none"]
     common = [*plain, *intervals, f"trainer.steps={steps}", f"trainer.log_every={max(1, steps // 80)}", *overrides]
-    runs = {name: train(*common, *own) for name, own in RUNS.items()}
+    runs = {name: train(*common, *own) for name, own in counted("training", [*RUNS.items()], "runs")}
     found = {}
     for name in [*RUNS][1:]:
         all_of_them = differences(runs["float32"], runs[name])

@@ -18,6 +18,7 @@ from modeling.data.prepared import LabelledImages, ensure_prepared
 from modeling.inference.images import to_model
 from modeling.inference.samples import draw_samples
 from modeling.reliability.errors import ConfigError
+from modeling.reliability.terminal import counted
 from modeling.stages.sample import load_for
 
 BATCH = 100
@@ -33,7 +34,7 @@ def trained_classifier(data: LabelledImages, classes: int, epochs: int) -> nn.Mo
     body = [*block(data.images.shape[1], 16), *block(16, 32), *block(32, 64)]
     network = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    for _ in range(epochs):
+    for _ in counted("training the classifier", range(epochs), "epochs"):
         for indices in torch.randperm(len(data.images)).split(BATCH):
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(to_model(data.images[indices])), data.labels[indices]).backward()

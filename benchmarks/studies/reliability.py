@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class Clock:
         self.checkpoints = _timed(TrainingState, "save")
         process, stepped = psutil.Process(), Reports.stepped
 
-        def marked(reports: Reports, step: int) -> None:
-            stepped(reports, step)
+        def marked(reports: Reports, step: int, loss: Callable[[], float]) -> None:
+            stepped(reports, step, loss)
             self.marks[step - 1] = time.perf_counter(), process.memory_info().rss
             if step in ends:
                 times = [child.cpu_times() for child in process.children(recursive=True)]

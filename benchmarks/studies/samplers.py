@@ -26,6 +26,7 @@ from benchmarks.project import RESULTS, compute_of, configure
 from modeling.data.prepared import ensure_prepared
 from modeling.inference.images import to_model
 from modeling.inference.samples import draw_samples
+from modeling.reliability.terminal import counted
 from modeling.stages.sample import load_for
 
 STEPS = {"ddim": (10, 20, 50, 100), "dpm_solver": (5, 10, 20), "ddpm": (50, 250, 1000)}
@@ -71,7 +72,8 @@ def compare(overrides: list[str], images: int, steps: int) -> dict[str, Any]:
     draw("ddim", 1)  # warm
     solution = draw("ddim", model.schedule.num_timesteps)
     rows: list[dict[str, Any]] = []
-    for name, nfe in [(name, nfe) for name, usual in STEPS.items() for nfe in ([steps] if steps else usual)]:
+    settings = [(name, nfe) for name, usual in STEPS.items() for nfe in ([steps] if steps else usual)]
+    for name, nfe in counted("measuring", settings, "samplers"):
         start = time.perf_counter()
         found = draw(name, nfe)
         row = {"sampler": name, "nfe": nfe, "seconds": time.perf_counter() - start}

@@ -12,6 +12,7 @@ import io
 import logging
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Quality(Reporter):
             with self.path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
 
-    def stepped(self, step: int) -> None:
+    def stepped(self, step: int, loss: Callable[[], float]) -> None:
         """See Reporter."""
         if time.monotonic() > self.deadline:
             signal.raise_signal(signal.SIGTERM)

@@ -15,7 +15,7 @@ from modeling.checkpoints.checkpoint import checkpoints, step_of
 from modeling.checkpoints.run_folder import read_notes
 from modeling.reliability.errors import UserError
 from modeling.reliability.files import locked, state_root
-from modeling.reporting.progress import duration
+from modeling.reliability.terminal import duration
 
 FINISHED = "finished"
 

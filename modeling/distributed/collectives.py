@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from modeling.reliability.errors import ConnectionLost, Stopped, UserError, require, short
 from modeling.reliability.signals import JOB, stop_workers
+from modeling.reliability.terminal import progress
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)  # for what one process does alone, such as a download; a dead process is noticed at once
@@ -169,12 +170,28 @@ def sharded(n: int, work: Callable[[range], Tensor]) -> Tensor:
     return torch.cat([_broadcast(part, k) for k in range(world_size())])
 
 
-def sharded_batches(n: int, batch_size: int, work: Callable[[range], Tensor], empty: Tensor) -> Tensor:
-    """As sharded, with `work` called for at most `batch_size` rows at a time; `empty` is the table without rows."""
+def sharded_batches(
+    what: str, n: int, batch_size: int, work: Callable[[range, Callable[[float], None]], Tensor], empty: Tensor
+) -> Tensor:
+    """As sharded, with `work` called for at most `batch_size` rows at a time; `empty` is the table without rows.
+
+    Shows the progress of `what`. `work` may tell which part of its rows is done, from 0 to 1.
+    """
 
     def all_batches(rows: range) -> Tensor:
-        batches = (rows[k : k + batch_size] for k in range(0, len(rows), batch_size))
-        return torch.cat([empty, *map(work, batches)])
+        parts = [empty]
+        with progress(what, n) as shown:
+            begun, scale = shown.done, n / max(len(rows), 1)  # all processes are about as fast
+
+            for k in range(0, len(rows), batch_size):
+                batch = rows[k : k + batch_size]
+
+                def tell(part: float, before: int = k, size: int = len(batch)) -> None:
+                    shown.to(begun + scale * (before + min(part, 1.0) * size))
+
+                parts.append(work(batch, tell))
+                tell(1.0)
+        return torch.cat(parts)
 
     return sharded(n, all_batches)
 

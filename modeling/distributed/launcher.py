@@ -152,4 +152,5 @@ def print_last(text: str, code: int) -> None:
             return
     elif _rank() > 0 and code != 1:
         return
-    print(text, file=sys.stderr)
+    with suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr)

@@ -6,6 +6,7 @@ with t; the estimate stays unbiased, and its standard error contains the spread 
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -52,7 +53,9 @@ def bits_per_dim(
     `timesteps` are drawn for each image; None: all of them. All processes must call this.
     """
 
-    def terms(indices: range) -> Tensor:
+    ranges = strata(model.schedule.num_timesteps, timesteps)
+
+    def terms(indices: range, tell: Callable[[float], None]) -> Tensor:
         """Prior, middle and decoder of images `indices`, float64 [N, 3] on the CPU, in bits a dimension."""
         x_0, y = model_inputs(model, data, indices, compute)
         noise = SampleNoise(SEED + 1, indices, x_0.shape[1:], compute.device)
@@ -65,13 +68,14 @@ def bits_per_dim(
 
         decoder = term(torch.zeros(len(x_0), dtype=torch.int64))
         middle = torch.zeros(len(x_0), dtype=torch.float64)
-        for first, end in strata(model.schedule.num_timesteps, timesteps):
+        for k, (first, end) in enumerate(ranges):
+            tell(k / len(ranges))
             t = torch.cat([torch.randint(first, end, (1,), generator=g) for g in generators])
             middle += (end - first) * term(t)
         return torch.stack([prior_term(model.schedule, x_0).double().cpu(), middle, decoder], dim=1)
 
     empty = torch.empty(0, 3, dtype=torch.float64)
-    table = sharded_batches(len(data.images), batch_size, terms, empty).T.contiguous()  # [3, N]
+    table = sharded_batches("bits/dim", len(data.images), batch_size, terms, empty).T.contiguous()  # [3, N]
     total, n = table.sum(0), table.shape[1]
     return {
         "bits_per_dim": total.mean().item(),

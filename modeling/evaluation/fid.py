@@ -10,12 +10,11 @@ import hashlib
 import logging
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -25,9 +24,11 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from modeling.distributed.collectives import from_first, is_first, sharded
+from modeling.inference.kept import keep, read_kept
 from modeling.reliability.errors import UserError, short
-from modeling.reliability.files import existing, replacing
+from modeling.reliability.files import existing
 from modeling.reliability.signals import poll, stopped_at_once
+from modeling.reliability.terminal import counted
 
 log = logging.getLogger(__name__)
 MIN_SAMPLES = 10_000
@@ -126,41 +127,13 @@ def reference_features(inception: Inception, images: Tensor, data_sha256: str, f
     """Pool features of the training images [N, 2048], kept in `folder`; those kept are for the first process alone."""
     key = hashlib.sha256(f"{data_sha256} train {inception.sha256}".encode()).hexdigest()[:16]
     path = folder / f"{key}.npy"
-    kept = _read(path) if is_first() else None
+    kept = read_kept(path) if is_first() else None
     if from_first(lambda: kept is not None):
         return torch.empty(0) if kept is None else kept
     log.info("features of %d training images, once: %s", len(images), path)
-    pool, _ = inception.features(torch.split(images, batch_size))
-    _save(path, pool)
+    pool, _ = inception.features(counted("features", torch.split(images, batch_size), "batches"))
+    keep(path, pool)
     return pool
-
-
-def kept_samples(folder: Path, count: int, shard: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
-    """Samples 0 to count - 1 in batches of `shard`, uint8 [B, C, H, W], kept in `folder`, which is of one sampler."""
-    for start in range(0, count, shard):
-        indices = range(start, min(start + shard, count))
-        path = folder / f"{indices.start:07}-{indices.stop:07}.npy"
-        images = from_first(partial(_read, path))
-        if images is None:
-            images = draw(indices)
-            _save(path, images)
-        yield images
-
-
-def _save(path: Path, tensor: Tensor) -> None:
-    if is_first():
-        with replacing(path) as partial_path, partial_path.open("wb") as file:
-            np.save(file, tensor.numpy())
-
-
-def _read(path: Path) -> Tensor | None:
-    try:
-        return torch.from_numpy(np.load(path))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError) as error:
-        log.warning("%s is damaged (%s): computing it again", path, error)
-        return None
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -172,6 +145,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str, float]:
     """All metrics of samples with pool features [N, D] and logits [N, K] against a reference [M, D]."""
     n = len(pool)
+    log.info("FID and its relatives of %d samples", n)
     subset = min(KID_SUBSET, n, len(reference))
     with stopped_at_once():  # minutes for 50,000 samples
         found = kid_features_to_metric(pool, reference, kid_subset_size=subset, verbose=False)

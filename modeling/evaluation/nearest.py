@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modeling.reliability.signals import poll
+from modeling.reliability.terminal import counted
 
 CHUNK = 4096  # training images at a time
 
@@ -28,7 +29,7 @@ def nearest_images(queries: Tensor, images: Tensor, k: int, mirror: bool) -> Nei
     flat = queries.flatten(1).float()
     best = torch.full((len(queries), k), torch.inf)
     indices = torch.zeros((len(queries), k), dtype=torch.int64)
-    for start in range(0, len(images), CHUNK):
+    for start in counted("nearest training images", range(0, len(images), CHUNK), "parts"):
         poll()
         part = images[start : start + CHUNK]
         distance = _squared_distance(flat, part)

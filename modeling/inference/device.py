@@ -74,16 +74,20 @@ class Compute:
     def describe(self) -> str:
         """The device and the precision, for people."""
         cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+        name = torch.cuda.get_device_name(self.device) if cuda else cpu
         return f"{name}, {'bf16 autocast' if self.bf16 else 'float32'}"
 
 
-def choose_compute(device: str, precision: str, deterministic: bool = False) -> Compute:
+def choose_compute(device: str, precision: str, deterministic: bool = False, threads: int | None = None) -> Compute:
     """Resolves `auto`: CUDA where there is one; bf16 where the hardware computes in it. ConfigError if it is not there.
 
     `deterministic`: for the rest of this process, the same bits each time on CUDA too, which is slower; if not, cuDNN
-    searches for its fastest kernels. A CPU gives the same bits in any case.
+    searches for its fastest kernels. A CPU gives the same bits in any case. `threads`: of a CPU; None: PyTorch chooses.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")

@@ -42,7 +42,7 @@ def held_out_losses(
     """The loss of each image, float32 [N], and its time step, int64 [N], on the CPU; all processes must call this."""
     t = held_out_timesteps(len(data.images), model.schedule.num_timesteps)
 
-    def losses(rows: range) -> Tensor:
+    def losses(rows: range, _: object) -> Tensor:
         poll()
         x_0, y = model_inputs(model, data, rows, compute)
         noise = SampleNoise(SEED, rows, x_0.shape[1:], "cpu")().to(compute.device)
@@ -50,4 +50,4 @@ def held_out_losses(
             loss = model.simple_loss(x_0, t[rows.start : rows.stop].to(compute.device), noise, y)
         return loss.float().cpu()
 
-    return sharded_batches(len(data.images), batch_size, losses, torch.empty(0)), t
+    return sharded_batches("held-out loss", len(data.images), batch_size, losses, torch.empty(0)), t

@@ -1,5 +1,6 @@
 """Sets of samples: which labels, which noise, in which batches. Sample k is a function of (seed, k) alone."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from modeling.inference.device import Compute
 from modeling.inference.images import to_uint8
 from modeling.reliability.signals import poll
 from modeling.settings import SamplerConfig, own_keys
+
+SAMPLING = "sampling"  # the name of its progress
 
 
 class SampleNoise:
@@ -31,7 +34,7 @@ class SampleNoise:
 
 
 class DenoisingStrip:
-    """Watches the first batch of samples: keeps x_t of its first `count` at `frames` of the sampler's time steps."""
+    """Watches the batch that begins with sample 0: keeps x_t of its first `count` at `frames` of the time steps."""
 
     def __init__(self, num_timesteps: int, sampler: SamplerConfig, count: int, frames: int) -> None:
         timesteps = timestep_subsequence(num_timesteps, sampler.steps)
@@ -63,27 +66,30 @@ def draw_samples(
     """Samples number `indices`, each of `shape` (C, H, W): uint8 [N, C, H, W] on the CPU. All processes must call this.
 
     `label` is that of all samples of a class-conditional model; None: sample k is of class k modulo their number.
-    `watch` sees every (x_t, t) of this process's share.
+    `watch` sees every (x_t, t) of the batch that begins with sample 0.
     """
     timesteps = timestep_subsequence(model.schedule.num_timesteps, sampler.steps)
 
-    def draw(rows: range) -> Tensor:
+    def draw(rows: range, tell: Callable[[float], None]) -> Tensor:
         batch = [indices[k] for k in rows]
         noise = SampleNoise(sampler.seed, batch, shape, compute.device)
-        y = None
+        y, done = None, itertools.count(1)
         if model.num_classes:
             labels = [k % model.num_classes if label is None else label for k in batch]
             y = torch.tensor(labels, device=compute.device)
 
         def predict(x_t: Tensor, t: Tensor) -> Prediction:
             poll()
-            if watch:
+            if watch and batch[0] == 0:
                 watch(x_t, t)
-            return model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
+            prediction = model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
+            tell(next(done) / len(timesteps))
+            return prediction
 
         abar = model.schedule.alphas_cumprod
         with compute.autocast():
             x_0 = SAMPLERS[sampler.name](predict, noise(), timesteps, abar, noise, **own_keys(sampler))
         return to_uint8(x_0).cpu()
 
-    return sharded_batches(len(indices), sampler.batch_size, draw, torch.empty(0, *shape, dtype=torch.uint8))
+    empty = torch.empty(0, *shape, dtype=torch.uint8)
+    return sharded_batches(SAMPLING, len(indices), sampler.batch_size, draw, empty)

@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -153,3 +153,26 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def sharers(locks: Iterable[Path]) -> list[int]:
+    """The other processes that hold any of these locks (see `locked`) on this machine and on cores of this process."""
+    found = []
+    for path in locks:
+        with suppress(OSError, ValueError, IndexError), path.open("rb") as file:
+            _, owner, _, host = file.read().decode().split()
+            process = int(owner)
+            if host == socket.gethostname() and process != os.getpid() and _cores(process) & _cores(os.getpid()):
+                try:  # its owner may have ended, and another process have its number
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found.append(process)
+    return found
+
+
+def _cores(process: int) -> set[int]:
+    """The cores that a process may use; OSError if there is no such process."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(process)
+    os.kill(process, 0)  # not on every system can it be asked
+    return {0}

@@ -1,1 +1,1 @@
-"""What people see of a run: the curves, the sample grids, the progress bar, and the W&B run."""
+"""What people see of a run: the curves, the sample grids, what it says, and the W&B run."""

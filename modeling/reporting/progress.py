@@ -1,59 +1,65 @@
-"""The progress of a training run: one live bar in a terminal, a line every half minute elsewhere."""
+"""The progress of a training run: what it says of its speed, its loss and the time that is left."""
 
 import logging
 import math
-import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
-from tqdm import tqdm
+
+from modeling.reliability.terminal import Bar, duration
+from modeling.settings import TrainerConfig
 
 log = logging.getLogger(__name__)
-LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 MEASURE_FOR = 5.0  # seconds of steps from which the whole time is estimated
 LONG = 24 * 3600.0  # seconds of CPU training above which shorter recipes are recommended
 
 
-def duration(seconds: float) -> str:
-    """'45 s', '12 min', '3.5 h' or '20 days'."""
-    for limit, size, text in ((90, 1, "{:.0f} s"), (5400, 60, "{:.0f} min"), (172800, 3600, "{:.1f} h")):
-        if seconds < limit:
-            return text.format(seconds / size)
-    return f"{seconds / 86400:.0f} days"
-
-
 class Progress:
-    """The progress of a run of `steps` steps of `batch_size` images on `device`. See Reporter for its callbacks."""
+    """The progress of a run on `device`. See Reporter for its callbacks."""
 
-    def __init__(self, steps: int, batch_size: int, device: torch.device) -> None:
-        self.steps = steps
-        self.batch_size = batch_size
+    def __init__(self, trainer: TrainerConfig, device: torch.device) -> None:
+        self.trainer = trainer
         self.device = device
-        self.bar: tqdm[Any] = tqdm(disable=True)
+        self.bar: Bar | None = None
         self.held_out = ""
 
     def started(self, step: int) -> None:
         if step:
             log.info("going on after step %d", step)
-        self.first = step
-        self.last_line = time.perf_counter()
-        # disable=None: the bar shows nothing where there is no terminal.
-        self.bar = tqdm(total=self.steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None)
+        self.first, self.since = step, time.perf_counter()
+        self.bar = Bar("training", self.trainer.steps, "steps", step)
+        self.bar.shown_at = -math.inf  # the first step is shown
 
-    def stepped(self, step: int) -> None:
-        """Counts a step; estimates the whole time once, from the steps after the first one, which takes longer."""
-        self.bar.update()
-        if step == self.first + 1:
-            self.since = self._now()
+    def stepped(self, step: int, loss: Callable[[], float]) -> None:
+        """Counts a step; estimates the whole time once; shows the loss after the first step and when it is due.
+
+        From the first step only if it is long: it takes longer than others, minutes if the network is compiled.
+        """
+        assert self.bar is not None
+        done = step - self.first
+        if done == 1:
+            now, steady = self._now(), self.device.type == "cpu" and not self.trainer.compile
+            if not (steady and self._estimated(now - self.since, 1)):
+                self.since = now
         elif time.perf_counter() - self.since > MEASURE_FOR:
-            per_step = (self._now() - self.since) / (step - self.first - 1)
-            self.since = math.inf
-            steps = self.steps - self.first
-            self._say(f"{self.batch_size / per_step:.1f} images/s: {duration(per_step * steps)} for {steps} steps")
-            if per_step * steps > LONG and self.device.type == "cpu":
-                self._say("that is long for a CPU: experiment=cifar10_cpu takes half an hour, experiment=demo minutes")
+            self._estimated(self._now() - self.since, done - 1)
+        if step == self.trainer.steps:
+            self.bar.shown_at = time.perf_counter()  # `logged` will show more
+        self.bar.to(step, lambda: self._values(loss()))
+
+    def _estimated(self, seconds: float, measured: int) -> bool:
+        """Says how long the run will take if that many steps took long enough to tell."""
+        if seconds <= MEASURE_FOR:
+            return False
+        self.since = math.inf
+        per_step, steps = seconds / measured, self.trainer.steps - self.first
+        log.info(
+            "%.1f images/s: %s for %d steps", self.trainer.batch_size / per_step, duration(per_step * steps), steps
+        )
+        if per_step * steps > LONG and self.device.type == "cpu":
+            log.info("that is long for a CPU: experiment=cifar10_cpu takes half an hour, experiment=demo minutes")
+        return True
 
     def _now(self) -> float:
         """The time when the device has done all steps so far."""
@@ -61,22 +67,18 @@ class Progress:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def logged(self, step: int, row: Mapping[str, float], seconds: float) -> None:
+    def logged(self, step: int, row: Mapping[str, float]) -> None:
+        assert self.bar is not None
         if "held_out_loss" in row:
-            self.held_out = f"held-out {row['held_out_loss']:.4f}, "
-        loss = f"loss {row['loss']:.4f}, " if "loss" in row else ""
-        values = f"{loss}{self.held_out}{self.batch_size * step / seconds:.1f} images/s"
-        self.bar.set_postfix_str(values)
-        if self.bar.disable and (time.perf_counter() - self.last_line > LINE_EVERY or step == self.steps):
-            self.last_line = time.perf_counter()
-            left = duration(seconds / step * (self.steps - step))
-            self._say(f"step {step}/{self.steps}: {values}, {left} left")
+            self.held_out = f", held-out {row['held_out_loss']:.4f}"
+        if "loss" in row and (step == self.trainer.steps or self.bar.live or self.bar.due()):
+            self.bar.show(self._values(row["loss"]))
 
-    def _say(self, line: str) -> None:
-        if self.bar.disable:
-            log.info("%s", line)
-        else:
-            self.bar.write(line, file=sys.stderr)
+    def _values(self, loss: float) -> str:
+        assert self.bar is not None
+        speed = self.bar.rate() * self.trainer.batch_size
+        return f"loss {loss:.4f}{self.held_out}" + (f", {speed:.1f} images/s" if speed else "")
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()

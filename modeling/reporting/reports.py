@@ -5,7 +5,7 @@ curves have no gap and no repeat.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,13 @@ class Reports(Reporter):
         if self._picture(step).exists():  # in a call of its own as in `sampled`: W&B's names of pictures depend on it
             self.wandb_run.log({"train/samples": self._picture(step)}, step)
 
-    def stepped(self, step: int) -> None:
-        self.progress.stepped(step)
+    def stepped(self, step: int, loss: Callable[[], float]) -> None:
+        self.progress.stepped(step, loss)
 
     def logged(self, step: int, row: dict[str, float], seconds: float) -> None:
         self.last = row | {"seconds": seconds}
         self._log(self.curves.add(self.last))
-        self.progress.logged(step, row, seconds)
+        self.progress.logged(step, row)
 
     def sampled(self, step: int, images: Tensor) -> None:
         save_png(self._picture(step), sample_grid(images, len(self.classes)))

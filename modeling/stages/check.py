@@ -29,9 +29,10 @@ from modeling.evaluation import fid
 from modeling.inference.device import Compute, choose_compute
 from modeling.recipe import check_keys
 from modeling.reliability.errors import ConfigError, UserError, explain
-from modeling.reliability.files import state_root
+from modeling.reliability.files import sharers, state_root
 from modeling.reliability.signals import poll
-from modeling.reporting.progress import LONG, duration
+from modeling.reliability.terminal import duration
+from modeling.reporting.progress import LONG
 from modeling.reporting.wandb_run import chosen_mode, has_key
 from modeling.settings import Config
 from modeling.stages import validate
@@ -65,12 +66,14 @@ def _findings(config: Config, out: Path) -> Iterator[Finding]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             validate.run(config, Path(scratch))
-        compute = choose_compute(config.device, config.precision, config.deterministic)
+        compute = choose_compute(config.device, config.precision, config.deterministic, config.threads)
     except UserError as error:
         yield Finding(BAD, f"configuration: {error}")
         return
     yield Finding(OK, "configuration: all values are allowed and fit together")
     yield Finding(OK, f"device: {compute.describe()}")
+    if compute.device.type == "cpu" and (others := sharers((state_root() / "runs").glob("*/lock"))):
+        yield Finding(NOTE, f"cores: {len(others)} other trainings use them (process {others[0]}); see threads")
     prepared, finding = _data(config)
     yield finding
     yield from _speed_and_memory(config, compute, prepared)

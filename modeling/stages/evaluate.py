@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from modeling.checkpoints.fingerprint import code_hash, fingerprint
 from modeling.checkpoints.run_folder import notes_of
 from modeling.data.prepared import LabelledImages, Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
-from modeling.distributed.collectives import is_first
+from modeling.distributed.collectives import from_first, is_first
 from modeling.evaluation import fid
 from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
 from modeling.evaluation.fid import Inception
@@ -25,7 +25,17 @@ from modeling.reliability.files import make_writable, state_root, write_json
 from modeling.reporting.pictures import save_picture
 from modeling.reporting.wandb_run import WandbRun
 from modeling.settings import Config
-from modeling.stages.sample import caption, check_sampling, configured_samples, load_for, place_trained, save_samples
+from modeling.stages.sample import (
+    as_recipe,
+    caption,
+    check_sampling,
+    configured_samples,
+    draw_configured,
+    load_for,
+    place_trained,
+    sampling_facts,
+    save_samples,
+)
 
 log = logging.getLogger(__name__)
 CPU_BPD = (1000, 20)  # test images and time steps of bits/dim on a CPU, if the configuration leaves it open
@@ -35,8 +45,9 @@ STRIP = (8, 9)  # samples in the denoising strip, and time steps of each
 
 def run(config: Config, out: Path) -> None:
     """Writes metrics, details and pictures into reports/ under `out`, else raises UserError."""
-    compute = choose_compute(config.device, config.precision, config.deterministic)
+    compute = choose_compute(config.device, config.precision, config.deterministic, config.threads)
     model, meta, data_config = load_for(config, out)
+    config = as_recipe(config, meta)
     check_sampling(config, model, meta)
     data = ensure_prepared(config, data_config)
     if data.shape != meta["image_shape"]:
@@ -49,7 +60,9 @@ def run(config: Config, out: Path) -> None:
     inception = _inception(config, compute)
     report = _likelihood(config, model, data.test, compute) | {"made_on": compute.describe()}
     strip = DenoisingStrip(model.schedule.num_timesteps, config.sampler, *STRIP)
-    images = configured_samples(config, model, meta, range(config.sampler.num_samples), compute, strip)
+    images = torch.cat([*configured_samples(config, model, meta, config.sampler.num_samples, compute, strip)])
+    if not from_first(lambda: strip.complete):  # the first samples were kept by an earlier evaluation
+        draw_configured(config, model, meta, range(min(strip.count, len(images))), compute, strip)
     if isinstance(inception, str):
         report["quality"] = {"left_out": inception}
     else:
@@ -144,34 +157,17 @@ def _quality(
     config: Config, inception: Inception, model: DiffusionModel, meta: dict[str, Any], data: Prepared, compute: Compute
 ) -> dict[str, Any]:
     """FID and its relatives with the facts that make them comparable."""
-    e, s = config.evaluation, config.sampler
+    e = config.evaluation
     assert e.fid_samples is not None
-    options = {k: v for k, v in vars(s).items() if k not in ("name", "steps", "num_samples", "batch_size")}
-    facts = {
-        "sampler": s.name,
-        "nfe": s.steps if s.guidance_scale == 1 else 2 * s.steps,  # guided: with and without the label
-        **options,
-        "variance": model.variance,
-        "precision": "bf16" if compute.bf16 else "float32",
-        "device": compute.device.type,
-        "weights_sha256": meta["sha256"],
-    }
-    code = code_hash("inference.samples", "build")
-    drawn_with = facts | {"steps": s.steps, "diffusion": meta["config"]["diffusion"], "code": code}
     root = state_root() / "runs"
-    folder = root / "samples-for-fid" / fingerprint(drawn_with)
-
-    def draw(indices: range) -> Tensor:
-        return configured_samples(config, model, meta, indices, compute)
-
-    samples = fid.kept_samples(folder, e.fid_samples, e.batch_size, draw)
+    samples = configured_samples(config, model, meta, e.fid_samples, compute)
     pool, logits = inception.features(samples)
     train = data.train.images
     reference = fid.reference_features(inception, train, data.sha256["train"], root / "reference", e.batch_size)
     metrics = fid.quality_metrics(pool, logits, reference) if is_first() else {}
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     made = {"num_samples": e.fid_samples, "reference": f"{len(train)} training images, not flipped"}
-    return metrics | made | facts | {"inception_sha256": inception.sha256}
+    return metrics | made | sampling_facts(config, model, meta, compute) | {"inception_sha256": inception.sha256}
 
 
 def _numbers(prefix: str, report: dict[str, Any]) -> dict[str, Any]:

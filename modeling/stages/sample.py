@@ -5,19 +5,24 @@ The network comes from the model file; groups that the user named must agree wit
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from modeling.build import check_sampler
+from modeling.checkpoints.fingerprint import code_hash, fingerprint
 from modeling.checkpoints.model_file import load_trained, requested_variance
 from modeling.diffusion.model import DiffusionModel
-from modeling.distributed.collectives import is_first
+from modeling.distributed.collectives import is_first, world_size
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import png_bytes
+from modeling.inference.kept import kept_samples
 from modeling.inference.samples import draw_samples
+from modeling.reliability.errors import UserError
 from modeling.reliability.files import existing, make_writable, replacing_folder, state_root
 from modeling.reliability.signals import poll
 from modeling.reporting.pictures import in_rows, save_picture
@@ -61,7 +66,70 @@ def place_trained(model: DiffusionModel, sampler: SamplerConfig, compute: Comput
     return model
 
 
+def as_recipe(config: Config, meta: dict[str, Any]) -> Config:
+    """The configuration, with the sampler that the model's recipe names but for what the user named."""
+    recipe, own = meta["config"].get("sampler"), config.sampler
+    if recipe is None or {"sampler", "experiment"} & config.named:
+        return config
+    common = {f.name: getattr(own, f.name) for f in fields(SamplerConfig)}
+    named = {key: value for key, value in vars(own).items() if f"sampler.{key}" in config.named}
+    try:
+        sampler: SamplerConfig = parse_group("sampler", common | recipe | named)
+        checks: list[Any] = [(getattr(sampler, f.name), f.type, f.metadata.get("holds")) for f in fields(sampler)]
+        if sampler.steps < 1 or not all(isinstance(v, kind) and (not holds or holds(v)) for v, kind, holds in checks):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):  # a file may lie
+        raise UserError(
+            f"the model's recipe names no valid sampler: {str(recipe)[:160]}; name one: sampler=ddim"
+        ) from None
+    if sampler != own:
+        named_there = (sampler.name, sampler.steps, sampler.guidance_scale)
+        log.info("sampler of the model's recipe: %s, %d steps, guidance %g", *named_there)
+    return replace(config, sampler=sampler)
+
+
+def sampling_facts(config: Config, model: DiffusionModel, meta: dict[str, Any], compute: Compute) -> dict[str, Any]:
+    """What makes samples comparable."""
+    s = config.sampler
+    options = {k: v for k, v in vars(s).items() if k not in ("name", "steps", "num_samples", "batch_size")}
+    return {
+        "sampler": s.name,
+        "nfe": s.steps if s.guidance_scale == 1 else 2 * s.steps,  # guided: with and without the label
+        **options,
+        "variance": model.variance,
+        "precision": "bf16" if compute.bf16 else "float32",
+        "device": compute.device.type,
+        "weights_sha256": meta["sha256"],
+    }
+
+
 def configured_samples(
+    config: Config,
+    model: DiffusionModel,
+    meta: dict[str, Any],
+    count: int,
+    compute: Compute,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> Iterator[Tensor]:
+    """Samples 0 to count - 1 of the sampler group in batches, uint8 [B, C, H, W], kept by all that decides them.
+
+    `watch`, as in draw_samples, sees nothing of what is kept already.
+    """
+    decides = {
+        "steps": config.sampler.steps,
+        "diffusion": meta["config"]["diffusion"],
+        "code": code_hash("inference.samples", "build"),
+    }
+    decides |= sampling_facts(config, model, meta, compute)
+    folder = state_root() / "runs" / "samples" / fingerprint(decides)
+
+    def draw(indices: range) -> Tensor:
+        return draw_configured(config, model, meta, indices, compute, watch)
+
+    return kept_samples(folder, count, config.sampler.batch_size * world_size(), draw)
+
+
+def draw_configured(
     config: Config,
     model: DiffusionModel,
     meta: dict[str, Any],
@@ -93,14 +161,15 @@ def caption(config: Config, meta: dict[str, Any]) -> str:
 
 def run(config: Config, out: Path) -> None:
     """Writes samples/00000.png and so on, and samples.png, under `out`."""
-    compute = choose_compute(config.device, config.precision, config.deterministic)
+    compute = choose_compute(config.device, config.precision, config.deterministic, config.threads)
     model, meta, _ = load_for(config, out)
+    config = as_recipe(config, meta)
     check_sampling(config, model, meta)
     model = place_trained(model, config.sampler, compute)
     folder = out / "samples"
     if is_first():
         make_writable(folder)
-    images = configured_samples(config, model, meta, range(config.sampler.num_samples), compute)
+    images = torch.cat([*configured_samples(config, model, meta, config.sampler.num_samples, compute)])
     if not is_first():
         return
     with replacing_folder(folder, owned="[0-9]*.png") as partial:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from modeling.build import build_model, check_sampler
@@ -21,7 +22,7 @@ from modeling.distributed.collectives import is_first, world_size
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import to_uint8
 from modeling.reliability.errors import ConfigError, Stopped
-from modeling.reliability.files import make_writable, state_root, write_atomic
+from modeling.reliability.files import make_writable, sharers, state_root, write_atomic
 from modeling.reliability.signals import poll
 from modeling.reporting.progress import Progress
 from modeling.reporting.reports import Reports
@@ -40,7 +41,7 @@ def run(config: Config, out: Path) -> None:
     """Trains, or resumes training, and publishes the model under `out`."""
     if config.model.weights is not None:
         raise ConfigError(f"model.weights={config.model.weights}: for stage=sample and stage=evaluate only")
-    compute = choose_compute(config.device, config.precision, config.deterministic)
+    compute = choose_compute(config.device, config.precision, config.deterministic, config.threads)
     data = ensure_prepared(config, config.data)
     classes = data.classes if config.model.class_conditional else []
     # Now, not after the training.
@@ -55,7 +56,21 @@ def run(config: Config, out: Path) -> None:
         make_writable(needed)
     poll()
     with run.locked():
+        _mention_sharers(run, compute)
         _train(config, out, run, model, data, compute)
+
+
+def _mention_sharers(run: Run, compute: Compute) -> None:
+    """Says which other trainings use the same cores, and what is faster for all of them."""
+    others = sharers(run.folder.parent.glob("*/lock")) if compute.device.type == "cpu" else []
+    threads = max(1, (os.cpu_count() or 1) // (1 + len(others)))
+    if others and threads < torch.get_num_threads():
+        log.warning(
+            "%s on the same cores (process %s): threads=%d in each is faster",
+            "other trainings run" if len(others) > 1 else "another training runs",
+            ", ".join(map(str, others)),
+            threads,
+        )
 
 
 def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Prepared, compute: Compute) -> None:
@@ -63,7 +78,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     write_atomic(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
     name = os.environ.get("DVC_EXP_NAME") or f"{config.data.name}-{config.model.name}-{run.name[:6]}"
     wandb_run = WandbRun(config.wandb, resolved, run.notes["wandb_id"], name, state_root())
-    progress = Progress(config.trainer.steps, config.trainer.batch_size, compute.device)
+    progress = Progress(config.trainer, compute.device)
     shown = BatchSource(data.train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
     reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), data.classes if model.num_classes else [])
     parameters = sum(p.numel() for p in model.parameters())
@@ -71,6 +86,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     wandb_run.artifact("config", "config", run.folder / "config.yaml")
     # Of the trainer's keys only those that change weights: else a resumed run would publish another file.
     recipe = {key: resolved[key] for key in RECIPE} | {"trainer": affects(config.trainer, "weights")}
+    recipe["sampler"] = config.sampler.method()
     about: dict[str, Any] = {
         "config": recipe,
         "image_shape": data.shape,

@@ -24,7 +24,7 @@ def run(config: Config, out: Path) -> None:
     """Raises UserError if the pipeline cannot run as it is configured; else writes data/validated under `out`."""
     if config.model.weights is not None:
         raise ConfigError(f"model.weights={config.model.weights}: for stage=sample, evaluate and export only")
-    choose_compute(config.device, config.precision, config.deterministic)
+    choose_compute(config.device, config.precision, config.deterministic, config.threads)
     chosen_mode(config.wandb)
     start_checkpoint(config)
     keys = own_keys(config.data)

@@ -55,6 +55,10 @@ class TrainingState:
         self.sums = {name: self.sums[name] + value for name, value in values.items()}
         self.count += 1
 
+    def mean_loss(self) -> float:
+        """The mean loss since the last call of `means`, after at least one step. Waits for the device."""
+        return self.sums["loss"].item() / self.count
+
     def means(self) -> dict[str, float]:
         """The mean of each logged value since the last call. Waits for the device."""
         means = {name: total.item() / max(self.count, 1) for name, total in self.sums.items()}

@@ -11,7 +11,7 @@ so weights, EMA and optimizer are the same in each. The first alone writes and r
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ class Reporter:
     def started(self, step: int) -> None:
         """Training begins, or resumes, after `step` steps."""
 
-    def stepped(self, step: int) -> None:
-        """The host has done a step; the device may still compute."""
+    def stepped(self, step: int, loss: Callable[[], float]) -> None:
+        """The host has done a step; the device may still compute. `loss` waits for it: the mean since the last log."""
 
     def logged(self, step: int, row: dict[str, float], seconds: float) -> None:
         """The values of a step; `seconds` is the time of all training steps so far."""
@@ -144,7 +144,7 @@ class Trainer:
             if last:
                 return self.last_row
             self.train_step()
-            self.reporter.stepped(self.step)
+            self.reporter.stepped(self.step, self.state.mean_loss)
             if len(self.unchecked) >= CHECK_EVERY:
                 self._check_finite()
 

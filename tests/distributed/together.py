@@ -12,7 +12,8 @@ from torch import nn
 
 from modeling.checkpoints.checkpoint import read_checkpoint
 from modeling.distributed import collectives as d
-from modeling.evaluation.fid import Inception, kept_samples, reference_features
+from modeling.evaluation.fid import Inception, reference_features
+from modeling.inference.kept import kept_samples
 from modeling.reliability.errors import ConnectionLost, Stopped, UserError
 from modeling.reliability.signals import poll, stop_requests
 from modeling.training.ema import EMA

@@ -11,7 +11,9 @@ from helpers.training import CPU
 from modeling.build import build_model
 from modeling.evaluation import fid
 from modeling.inference.device import Compute
-from modeling.stages import evaluate, prepare, train
+from modeling.inference.samples import draw_samples
+from modeling.reliability.errors import Stopped
+from modeling.stages import evaluate, prepare, sample, train
 
 
 @pytest.fixture
@@ -51,12 +53,38 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
         stage(evaluate, *local)
     assert loaded == 2 * [("w", "01234567", CPU.device)]
     assert report()["quality"] == quality and caplog.text.count("once") == 1  # the reference was kept
-    kept = [path.parent for path in (tmp_path / "state").glob("runs/samples-for-fid/*/0000000-*.npy")]
-    assert len(kept) == 1  # of the same sampler, weights and code
+    kept = [path.parent for path in (tmp_path / "state").glob("runs/samples/*/0000000-*.npy")]
+    assert len({*kept}) == 1  # of the same sampler, weights and code
     stage(evaluate, "evaluation.fid_samples=10")
     assert "could not be downloaded" in report()["quality"]["left_out"] and report()["bits_per_dim"] > 0
     stage(evaluate)
     assert report()["quality"] == {"left_out": "evaluation.fid_samples=null"}
+    _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch)
+
+
+def _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch):
+    """The batches that were finished are not drawn again, and the pictures are those of a run without a stop."""
+    few, drawn = ["sampler.num_samples=5", "sampler.batch_size=2", "sampler.seed=7"], []
+
+    def draw(model, sampler, indices, *more):
+        drawn.append(indices)
+        if len(drawn) == 2:
+            raise Stopped("stopped")
+        return draw_samples(model, sampler, indices, *more)
+
+    def pictures():
+        return {path.name: path.read_bytes() for path in tmp_path.rglob("samples/0*.png")}
+
+    monkeypatch.setattr(sample, "draw_samples", draw)
+    with pytest.raises(Stopped):
+        stage(sample, *few)
+    assert not pictures()
+    stage(sample, *few)
+    assert drawn == [range(0, 2), range(2, 4), range(2, 4), range(4, 5)]
+    found = pictures()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))  # where nothing is kept
+    stage(sample, *few)
+    assert pictures() == found and len(found) == 5 and len(drawn) == 7
 
 
 def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
@@ -71,16 +99,16 @@ def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
         folders.append(folder)
         raise Enough
 
-    monkeypatch.setattr(fid, "kept_samples", kept)
+    monkeypatch.setattr(sample, "kept_samples", kept)
     config = load(*TINY, "evaluation.fid_samples=12")
 
     def folder(code="x", bf16=False, sampler=config.sampler, diffusion=config.diffusion, **changes):
-        monkeypatch.setattr(evaluate, "code_hash", lambda *entries: code)
+        monkeypatch.setattr(sample, "code_hash", lambda *entries: code)
         used = dataclasses.replace(config, sampler=dataclasses.replace(sampler, **changes))
-        meta = {"sha256": "a", "config": {"diffusion": vars(diffusion)}}
+        meta = {"sha256": "a", "image_shape": (8, 8, 3), "classes": ["cat"], "config": {"diffusion": vars(diffusion)}}
         model = build_model(config.model, diffusion, (8, 8, 3), 0, 0)
         with pytest.raises(Enough):
-            evaluate._quality(used, None, model, meta, None, Compute(CPU.device, bf16))
+            sample.configured_samples(used, model, meta, 12, Compute(CPU.device, bf16))
         return folders[-1]
 
     first = folder()

@@ -11,7 +11,7 @@ from helpers.training import CPU
 from torch_fidelity import feature_extractor_inceptionv3
 
 from modeling.evaluation import fid
-from modeling.evaluation.fid import kept_samples, load_inception, quality_metrics, reference_features
+from modeling.evaluation.fid import load_inception, quality_metrics, reference_features
 from modeling.reliability.errors import UserError
 
 
@@ -121,18 +121,3 @@ def test_features_of_the_reference_are_computed_once(pixels, tmp_path, generator
     found(True)
     assert "is damaged" in caplog.text
     found(True, "other data")
-
-
-def test_kept_samples_are_drawn_once(tmp_path):
-    drawn = []
-
-    def draw(indices):
-        drawn.append(indices)
-        return torch.tensor(list(indices), dtype=torch.uint8).reshape(-1, 1, 1, 1)
-
-    expected = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
-    assert torch.equal(torch.cat(list(kept_samples(tmp_path, 5, 2, draw))), expected)
-    assert drawn == [range(0, 2), range(2, 4), range(4, 5)]
-    (tmp_path / "0000002-0000004.npy").write_bytes(b"half")
-    assert torch.equal(torch.cat(list(kept_samples(tmp_path, 5, 2, draw))), expected)
-    assert drawn[3:] == [range(2, 4)]

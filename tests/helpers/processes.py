@@ -6,6 +6,7 @@ A process writes the functions on its stack to a file at every SIGUSR1, so a tes
 import contextlib
 import multiprocessing
 import os
+import re
 import resource
 import runpy
 import signal
@@ -113,5 +114,5 @@ class Launched:
 
     def last_line(self):
         """The only line that it printed beside log lines."""
-        (line,) = (line for line in self.printed().splitlines() if line and not line.startswith("[20"))
+        (line,) = (line for line in self.printed().splitlines() if line and not re.match(r"\d\d:\d\d:\d\d ", line))
         return line

@@ -49,7 +49,7 @@ class Recorder:
         self.rows = {k: v for k, v in self.rows.items() if k < step}
         self.grids = {k: v for k, v in self.grids.items() if k < step}
 
-    def stepped(self, step):
+    def stepped(self, step, loss):
         self.steps.append(step)
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)

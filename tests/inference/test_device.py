@@ -61,6 +61,17 @@ def sampler(**changes):
     return group("sampler", "ddim", **{"steps": 3, "num_samples": 4, "batch_size": 2} | changes)
 
 
+def test_threads_are_set_and_counted_in_words(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    choose_compute("cpu", "fp32")
+    choose_compute("cpu", "fp32", threads=3)
+    assert asked == [3]
+    for count, words in ((1, "CPU, 1 thread, float32"), (2, "CPU, 2 threads, float32")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert CPU.describe() == words
+
+
 def test_precision_follows_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for capabilities, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False)):

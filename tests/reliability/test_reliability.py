@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -147,3 +148,27 @@ def test_a_lock_is_waited_for_or_refused(tmp_path):
     other.join()
     with pytest.raises(UserError, match="lock cannot be written"):
         files.locked(tmp_path / "lock" / "lock", wait=True).__enter__()
+
+
+def test_processes_that_share_the_cores_are_those_that_hold_a_lock_now(tmp_path, monkeypatch):
+    locks = [tmp_path / name / "lock" for name in "abcde"]
+
+    def found():
+        return files.sharers([*locks, tmp_path / "absent"])
+
+    with files.locked(locks[0], wait=False), files.locked(locks[1], wait=False), files.locked(locks[2], wait=False):
+        assert found() == []  # this process itself
+        other, host = os.getppid(), socket.gethostname()
+        for lock, owner in zip(locks, (f"{other} on {host}", f"{other} on elsewhere", "no number"), strict=False):
+            lock.write_text(f"process {owner}")
+        for lock in locks[3:]:
+            lock.parent.mkdir()
+        locks[3].write_text(f"process {other} on {host}")  # nobody holds it
+        locks[4].write_text(f"process {2**22 + 1} on {host}")  # no process has such a number
+        assert found() == [other]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sched_getaffinity", lambda process: {process})
+            assert found() == []
+        monkeypatch.delattr(os, "sched_getaffinity")
+        assert found() == [other]
+    assert found() == []

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.training import trainer_config
 from PIL import Image
 
 from modeling.reporting.progress import Progress
@@ -30,7 +31,7 @@ def process(tmp_path):
 
     def process():
         examples = torch.zeros(4, 1, 4, 4, dtype=torch.uint8)
-        progress = Progress(6, 2, torch.device("cpu"))
+        progress = Progress(trainer_config(steps=6, batch_size=2), torch.device("cpu"))
         return Reports(SimpleNamespace(folder=tmp_path), progress, Logged(), examples, ["a", "b"])
 
     return process
@@ -41,7 +42,7 @@ def train(reports, start, last):
     reports.started(start)
     for step in range(max(start, 1), last + 1):
         if step > start:
-            reports.stepped(step)
+            reports.stepped(step, lambda: 0.5)
         row = {"step": step, "images": 2 * step, "lr": 0.1, "loss": 1 / step, "grad_norm": 1.0}
         reports.logged(step, row | {"held_out_loss": 0.1234567890123}, 0.3 * step)
         if step % 2 == 0:

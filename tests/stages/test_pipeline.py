@@ -157,7 +157,7 @@ BAD = {
     "stage=evaluate out_dir=taken": "taken/reports cannot be written",
     "stage=sample out_dir=taken": "taken/samples cannot be written",
     "stage=evaluate out_dir=null data.image_size=16": "data=shapes: its images are [16, 16, 3], those of the model [8",
-    "a==b": "Error parsing override 'a==b'",
+    "a==b": "a==b: quote the value twice: 'a=\"=b\"'",
     "data=folder data.path=empty": "no images in empty",
     "data=folder data.path=unreadable": "unreadable/a.png cannot be read as an image",
     "data=folder data.path=mixed": "all images must have one size",
