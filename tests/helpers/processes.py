@@ -114,5 +114,6 @@ class Launched:
 
     def last_line(self):
         """The only line that it printed beside log lines."""
-        (line,) = (line for line in self.printed().splitlines() if line and not re.match(r"\d\d:\d\d:\d\d ", line))
+        logged = re.compile(r"\d\d:\d\d:\d\d |\[20")  # of this project, and of Hydra's sweeps
+        (line,) = (line for line in self.printed().splitlines() if line and not logged.match(line))
         return line

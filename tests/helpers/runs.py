@@ -41,7 +41,7 @@ def finish(folder, *changes, code=0, **options):
 
 def run_folder(folder, root="root"):
     """The folder of the only run."""
-    (found,) = (path for path in (folder / root / "runs").iterdir() if path.name != "data")
+    (found,) = (path for path in (folder / root / "runs").iterdir() if path.name not in ("data", "samples"))
     return found
 
 

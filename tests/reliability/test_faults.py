@@ -82,7 +82,7 @@ def demo(tmp_path_factory):
         ("held_out_losses", "train", "after step"),
         ("bits_per_dim", "evaluate", "stopped"),
         ("held_out_report", "evaluate", "stopped"),
-        ("configured_samples", "evaluate", "stopped"),
+        ("kept_samples", "evaluate", "stopped"),
         ("draw_shapes", "prepare", "stopped"),
     ],
 )
