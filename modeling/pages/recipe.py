@@ -52,19 +52,14 @@ def differences(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[s
 
 
 def command(config: Mapping[str, Any]) -> str:
-    """A short `dvc exp run` that composes to a flat configuration: the nearest recipe, choices of groups, keys."""
+    """The shortest `dvc exp run` that composes to a flat configuration."""
     recipes = [[], *([f"experiment={path.stem}"] for path in sorted((CONF / "experiment").glob("*.yaml")))]
-    for recipe in sorted(recipes, key=lambda recipe: len(differences(config, composed(*recipe)))):
-        overrides, base = _completed(recipe, config)
-        if base.keys() <= config.keys():  # else the recipe sets a key that another choice of its group does not have
-            break
-    else:  # an older configuration, without keys that conf/ has now
-        overrides, _ = _completed([], config)
-    return shlex.join(["dvc", "exp", "run", *(word for override in overrides for word in ("-S", override))])
+    found = min((_overrides(recipe, config) for recipe in recipes), key=lambda each: (each[0], len(each[1])))[1]
+    return shlex.join(["dvc", "exp", "run", *(word for override in found for word in ("-S", override))])
 
 
-def _completed(recipe: list[str], config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """What to type to come from a recipe to a configuration, and what the recipe and the choices compose to."""
+def _overrides(recipe: list[str], config: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """What to type to come from a recipe to a configuration, after the number of keys that would be too many."""
     base = composed(*recipe)
     typed = list(recipe)
     for group, schema in GROUPS.items():
@@ -72,7 +67,8 @@ def _completed(recipe: list[str], config: Mapping[str, Any]) -> tuple[list[str],
         if choice != base.get(key) and (CONF / group / f"{choice}.yaml").exists():
             typed.append(f"{group}={choice}")
     base = composed(*typed)
-    return typed + [f"{key}={_typed(value)}" for key, (_, value) in differences(config, base).items()], base
+    changed = [f"{key}={_typed(value)}" for key, value in config.items() if key not in base or base[key] != value]
+    return len(base.keys() - config.keys()), typed + changed
 
 
 def _typed(value: Any) -> str:
