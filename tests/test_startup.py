@@ -9,7 +9,14 @@ from helpers.pipeline import ROOT
 HEAVY = {"torch", "torchvision", "wandb", "matplotlib", "dvc"}
 
 
-CODES = {"--help": 0, "--cfg job": 0, "model.no_such_key=1": 2, "trainer.steps=0": 2, "optimizer.lr=fast": 2}
+CODES = {
+    "--help": 0,
+    "--cfg job": 0,
+    "model.no_such_key=1": 2,
+    "trainer.steps=0": 2,
+    "optimizer.lr=fast": 2,
+    "stage=report out_dir=.": 1,
+}
 
 
 @pytest.mark.parametrize(("arguments", "code"), [*CODES.items(), ("stage=nothing", 2)])

@@ -106,6 +106,11 @@ def _exit_codes(workers: Sequence[subprocess.Popen[bytes]], stop: Path) -> Mappi
 @contextmanager
 def joined(config: Config, out: Path) -> Iterator[Path]:
     """Within the context, this process is one of its job's; gives the first one's output folder."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if _alone():
+        _go_on(config, restarted)
+        yield out
+        return
     from modeling.distributed import collectives
 
     if _rank() > 0:
@@ -113,11 +118,19 @@ def joined(config: Config, out: Path) -> Iterator[Path]:
     if JOB in os.environ:
         threading.Thread(target=_end_with_launcher, daemon=True).start()
     with collectives.group(config.device):
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         # Asked of all processes: torchrun counts the failures of each machine apart.
-        if collectives.any_process(restarted) and config.trainer.resume == "never":
-            config.trainer.resume = "auto"  # or the work since the first start were lost
+        _go_on(config, collectives.any_process(restarted))
         yield Path(collectives.from_first(lambda: str(out)))
+
+
+def _alone() -> bool:
+    """Whether this is the only process of its job, which then needs no torch, whose import takes seconds."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _go_on(config: Config, restarted: bool) -> None:
+    if restarted and config.trainer.resume == "never":
+        config.trainer.resume = "auto"  # or the work since the first start were lost
 
 
 def _end_with_launcher() -> None:
@@ -135,9 +148,12 @@ def takes_part(stage: str) -> bool:
 
 def poll_all() -> None:
     """Waits for all processes of the job; raises Stopped in each of them if one was asked to stop."""
-    from modeling.distributed import collectives
+    stopped = stop_requested()
+    if not _alone():
+        from modeling.distributed import collectives
 
-    if collectives.any_process(stop_requested()):
+        stopped = collectives.any_process(stopped)
+    if stopped:
         raise Stopped("stopped")
 
 

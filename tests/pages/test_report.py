@@ -180,6 +180,10 @@ def test_the_command_composes_to_the_values(typed, expected):
     assert expected is None or line == f"dvc exp run {expected}".rstrip()
 
 
+def test_an_older_configuration_has_a_command_too():
+    assert command({"seed": 3}) == "dvc exp run -S seed=3"
+
+
 def test_defaults_and_differences():
     with initialize_config_dir(str(CONF), version_base="1.3"):  # as in main.py
         assert composed("seed=6")["seed"] == 6
