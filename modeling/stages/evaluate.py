@@ -136,7 +136,8 @@ def _save_pictures(
     text = "Each sample and the nearest training images; below, the root mean square difference in levels of 255. "
     save_picture(target / "nearest.png", rows, text + about, columns=columns, below=distances)
     steps = sorted(strip.frames, reverse=True)
-    rows = [[*(strip.frames[t][k] for t in steps), images[k]] for k in range(min(strip.count, len(images)))]
+    # Of the first batch, which may be smaller than `count`.
+    rows = [[*column, images[k]] for k, column in enumerate(zip(*(strip.frames[t] for t in steps), strict=True))]
     text = "From noise to samples: x_t at time steps t, and x_0. "
     save_picture(target / "denoising.png", rows, text + about, columns=[*(f"t = {t}" for t in steps), "x_0"])
 
