@@ -6,7 +6,8 @@ weights and the configuration), reports/train.csv, train.json, curves.png and sa
 
 import dataclasses
 import logging
-import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from modeling.distributed.collectives import is_first, world_size
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import to_uint8
 from modeling.reliability.errors import ConfigError, Stopped
-from modeling.reliability.files import make_writable, state_root, write_atomic
+from modeling.reliability.files import make_writable, write_atomic
 from modeling.reliability.signals import poll
 from modeling.reporting.progress import Progress
-from modeling.reporting.reports import Reports
-from modeling.reporting.wandb_run import WandbRun
+from modeling.reporting.reports import Reports, start_training_run
 from modeling.settings import Config, affects
 from modeling.training.batches import BatchSource
 from modeling.training.state import CheckpointFolder
@@ -61,14 +61,19 @@ def run(config: Config, out: Path) -> None:
 def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Prepared, compute: Compute) -> None:
     resolved = {key: value for key, value in dataclasses.asdict(config).items() if key != "named"}
     write_atomic(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
-    name = os.environ.get("DVC_EXP_NAME") or f"{config.data.name}-{config.model.name}-{run.name[:6]}"
-    wandb_run = WandbRun(config.wandb, resolved, run.notes["wandb_id"], name, state_root())
+    parameters = sum(p.numel() for p in model.parameters())
+    facts = {
+        "git_commit": git_commit(),
+        "data_sha256": data.sha256,
+        "parameters": parameters,
+        "device_used": compute.describe(),
+        "precision_used": run.parts["precision"],
+    }
+    wandb_run = start_training_run(config, run, facts)
     progress = Progress(config.trainer.steps, config.trainer.batch_size, compute.device)
     shown = BatchSource(data.train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
     reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), model.num_classes)
-    parameters = sum(p.numel() for p in model.parameters())
     _announce(config, compute, data, parameters, run.folder)
-    wandb_run.artifact("config", "config", run.folder / "config.yaml")
     # Of the trainer's keys only those that change weights: else a resumed run would publish another file.
     recipe = {key: resolved[key] for key in RECIPE} | {"trainer": affects(config.trainer, "weights")}
     about: dict[str, Any] = {
@@ -91,9 +96,21 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         progress.close()
         wandb_run.finish(exit_code)
     sha256 = save_model(out / "models" / "model.safetensors", trainer.ema.model.state_dict(), about)
-    write_notes(run.folder, run.notes | {"weights_sha256": sha256})  # how evaluation finds the W&B run of a model
+    write_notes(
+        run.folder, run.notes | {"weights_sha256": sha256, "finished": True}
+    )  # how evaluation finds the W&B run of a model
     reports.publish(out / "reports", parameters)
     log.info("model: %s; curves and samples: %s", out / "models" / "model.safetensors", out / "reports")
+
+
+def git_commit() -> str | None:
+    """The commit of this code, if it is in a Git repository."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    return None
 
 
 def _announce(config: Config, compute: Compute, data: Prepared, parameters: int, folder: Path) -> None:
