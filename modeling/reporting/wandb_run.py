@@ -26,6 +26,7 @@ from modeling.settings import WandbConfig
 log = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
 MARK = "repeated-by-a-later-folder"  # a file in the offline folders of processes that log in `logging_again`
+ONLINE = "on-the-server"  # a file in the folders of processes that the server answered
 # What wandb.init would let its argument override, against what W&B documents.
 VARIABLES = {
     **{"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "name": "WANDB_NAME", "dir": "WANDB_DIR"},
@@ -66,7 +67,7 @@ def on_server(run_id: str) -> bool:
     A second offline part of such a run would repeat and renumber the rows that the server has.
     """
     files = Path(os.environ.get("WANDB_DIR") or state_root()) / "wandb"
-    return any(files.glob(f"*-{run_id}/*.synced")) or any(files.glob(f"run-*-{run_id}"))
+    return any(files.glob(f"*-{run_id}/*.synced")) or any(files.glob(f"*-{run_id}/{ONLINE}"))
 
 
 class Picture(NamedTuple):
@@ -130,6 +131,8 @@ class WandbRun:
                 self.folder = Path(self.run.settings.sync_dir)
             else:
                 self.first = int(self.run.step)
+                with suppress(OSError):
+                    Path(self.run.settings.sync_dir, ONLINE).touch()
             self.run.define_metric("step", hidden=True)
             for section in ("train", "held_out", "samples"):
                 self.run.define_metric(f"{section}/*", step_metric="step")

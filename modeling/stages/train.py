@@ -32,6 +32,7 @@ from modeling.training.state import CheckpointFolder
 from modeling.training.trainer import Reporter, Trainer
 
 log = logging.getLogger(__name__)
+CODE = Path(__file__).parent
 EXAMPLES = 64  # real inputs shown in W&B
 RECIPE = ("seed", "precision", "data", "model", "diffusion", "optimizer")  # what a model file remembers
 
@@ -96,9 +97,8 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         progress.close()
         wandb_run.finish(exit_code)
     sha256 = save_model(out / "models" / "model.safetensors", trainer.ema.model.state_dict(), about)
-    write_notes(
-        run.folder, run.notes | {"weights_sha256": sha256, "finished": True}
-    )  # how evaluation finds the W&B run of a model
+    # How evaluation finds the W&B run of a model.
+    write_notes(run.folder, run.notes | {"weights_sha256": sha256, "finished": True})
     reports.publish(out / "reports", parameters)
     log.info("model: %s; curves and samples: %s", out / "models" / "model.safetensors", out / "reports")
 
@@ -106,10 +106,9 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
 def git_commit() -> str | None:
     """The commit of this code, if it is in a Git repository."""
     with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=CODE, stderr=subprocess.DEVNULL, text=True
+        ).strip()
     return None
 
 
