@@ -58,18 +58,20 @@ def test_a_resumed_run_logs_the_same_to_wandb_and_publishes_the_same(process, tm
     whole = process()
     train(whole, 0, 6)
     whole.publish(tmp_path / "whole", 7)
-    assert whole.wandb_run.steps[0] == [{"samples/inputs": ((14, 14), "training images")}]
+    assert whole.told.wandb_run.steps[0] == [{"samples/inputs": ((14, 14), "training images")}]
     values = {"train/images": 6, "train/lr": 0.1, "train/loss": 0.333333333, "train/grad_norm": 1}
     values |= {"held_out/loss": 0.123456789, "train/images_per_second": pytest.approx(2 / 0.3)}
-    assert whole.wandb_run.steps[3] == [values]
-    assert whole.wandb_run.steps[4][1] == {"samples/grid": ((14, 14), "step 4, ddim")}  # a row for each of two classes
+    assert whole.told.wandb_run.steps[3] == [values]
+    assert whole.told.wandb_run.steps[4][1] == {
+        "samples/grid": ((14, 14), "step 4, ddim")
+    }  # a row for each of two classes
     train(process(), 0, 5)
     (tmp_path / "samples/step-x.png").touch()  # not ours
     process().started(4)
     assert [path.name for path in (tmp_path / "samples").glob("step-0*")] == ["step-000000002.png"]
     resumed = process()
     train(resumed, 4, 6)
-    assert resumed.wandb_run.steps == whole.wandb_run.steps
+    assert resumed.told.wandb_run.steps == whole.told.wandb_run.steps
     resumed.publish(tmp_path / "resumed", 7)
     names = {path.name for path in (tmp_path / "resumed/samples").iterdir()}
     assert names == {f"step-00000000{step}.png" for step in (2, 4, 6)}
