@@ -133,11 +133,10 @@ class WandbRun:
                 self.first = int(self.run.step)
                 with suppress(OSError):
                     Path(self.run.settings.sync_dir, ONLINE).touch()
-            self.run.define_metric("step", hidden=True)
             for section in ("train", "held_out", "samples"):
-                self.run.define_metric(f"{section}/*", step_metric="step")
+                self.run.define_metric(f"{section}/*", step_metric="_step")
             for loss in ("train/loss", "held_out/loss"):
-                self.run.define_metric(loss, step_metric="step", summary="min")
+                self.run.define_metric(loss, step_metric="_step", summary="min")
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -155,7 +154,7 @@ class WandbRun:
         numbers = {key: value for key, value in values.items() if not isinstance(value, Picture)}
         pictures = {key: value for key, value in values.items() if isinstance(value, Picture)}
         with self._guarded():
-            self.run.log({"step": step, **numbers}, step=step)
+            self.run.log(numbers, step=step)
         for key, picture in pictures.items():
             self._log_picture(key, picture, step)
 

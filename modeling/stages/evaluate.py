@@ -20,7 +20,7 @@ from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import sample_grid, save_png
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import make_writable, state_root, write_atomic
-from modeling.reporting.reports import log_evaluation
+from modeling.reporting.experiments import log_evaluation
 from modeling.settings import Config
 from modeling.stages.sample import check_sampling, configured_samples, load_for, place_trained
 

@@ -24,12 +24,13 @@ from modeling.inference.images import to_uint8
 from modeling.reliability.errors import ConfigError, Stopped
 from modeling.reliability.files import make_writable, write_atomic
 from modeling.reliability.signals import poll
+from modeling.reporting.experiments import start_training_run
 from modeling.reporting.progress import Progress
-from modeling.reporting.reports import Reports, start_training_run
+from modeling.reporting.reports import Reports
 from modeling.settings import Config, affects
 from modeling.training.batches import BatchSource
 from modeling.training.state import CheckpointFolder
-from modeling.training.trainer import Reporter, Trainer
+from modeling.training.trainer import GRID_SAMPLER, Reporter, Trainer
 
 log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
@@ -70,7 +71,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         "device_used": compute.describe(),
         "precision_used": run.parts["precision"],
     }
-    wandb_run = start_training_run(config, run, facts)
+    wandb_run = start_training_run(config, run, facts, GRID_SAMPLER | {"steps": config.trainer.sample_steps})
     progress = Progress(config.trainer.steps, config.trainer.batch_size, compute.device)
     shown = BatchSource(data.train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
     reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), model.num_classes)

@@ -8,10 +8,11 @@ from helpers.pipeline import TINY
 
 from modeling.checkpoints.run_folder import Run, read_notes, write_notes
 from modeling.inference.images import save_png
-from modeling.reporting import reports
+from modeling.reporting import experiments
 from modeling.reporting.wandb_run import MARK, WandbRun
 
 META = {"sha256": "a" * 64, "steps": 4, "config": {"data": {"name": "shapes"}, "model": {"name": "tiny"}}}
+GRID = {"name": "ddim", "steps": 2, "guidance_scale": 1.0, "seed": 0}
 REPORT = {"loss": 0.5, "quality": {"fid": 3, "sampler": "ddim"}}
 ROWS = "step,images,lr,loss,grad_norm,held_out_loss,seconds\n2,8,0.1,0.9,1,,1\n4,16,0.1,0.8,1,0.7,1\n"
 
@@ -40,7 +41,7 @@ class Kept(WandbRun):
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(Kept, "made", [], raising=False)
-    monkeypatch.setattr(reports, "WandbRun", Kept)
+    monkeypatch.setattr(experiments, "WandbRun", Kept)
     monkeypatch.setattr("modeling.checkpoints.run_folder.code_hash", lambda *_: "code")
     for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "WANDB_MODE", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -59,10 +60,10 @@ def train(root, monkeypatch):
         config = load(*TINY)
         run = Run(config, False, {"train": "a"})
         with run.locked():
-            kept = reports.start_training_run(config, run, {"parameters": 7})
+            kept = experiments.start_training_run(config, run, {"parameters": 7}, GRID)
             (run.folder / "config.yaml").write_text(yaml.safe_dump({"seed": 0, "sampler": "of the training"}))
             (run.folder / "train.csv").write_text(ROWS)
-            save_png(reports.picture_of(run.folder, 4), torch.zeros(2, 2, 1, dtype=torch.uint8))
+            save_png(experiments.picture_of(run.folder, 4), torch.zeros(2, 2, 1, dtype=torch.uint8))
             if not killed:
                 write_notes(run.folder, run.notes | {"weights_sha256": META["sha256"], "finished": True})
         return kept
@@ -74,7 +75,7 @@ def train(root, monkeypatch):
 def evaluate(root, monkeypatch):
     def evaluate(experiment, *changes):
         monkeypatch.setenv("DVC_EXP_NAME", experiment)
-        reports.log_evaluation(load(*TINY, *changes), META, REPORT, root / "out")
+        experiments.log_evaluation(load(*TINY, *changes), META, REPORT, root / "out")
         return Kept.made[-1]
 
     return evaluate

@@ -98,7 +98,7 @@ def test_only_steps_that_the_server_does_not_have_are_logged(start, caplog):
         for step in (3, 5, 6):
             run.log({"x": step}, step)
     run.finish(75)
-    assert server.logged == {k: {"step": k, "x": k} for k in (5, 6)} and server.exit_code == 75
+    assert server.logged == {k: {"x": k} for k in (5, 6)} and server.exit_code == 75
     assert caplog.messages == [f"W&B: {server.url}"]
 
 
@@ -155,7 +155,7 @@ def test_training_goes_on_when_a_call_fails(start, tmp_path, caplog):
         run.log({"x": 1.0, "picture": absent}, step)
     (warning,) = caplog.messages
     assert warning.startswith("W&B: picture of step 8 is missing there (")
-    assert server.logged == {k: {"step": k, "x": 1} for k in (8, 9)}, "the numbers go on"
+    assert server.logged == {k: {"x": 1} for k in (8, 9)}, "the numbers go on"
     server.log = None
     run.log({"x": 1.0, "picture": absent}, 10)
     assert "W&B failed (" in caplog.messages[-1] and run.run is None and len(caplog.messages) == 2
