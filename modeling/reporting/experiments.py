@@ -1,7 +1,7 @@
 """Experiments as W&B runs: which run a training and an evaluation log to, and telling a run as a whole.
 
-DVC and people run one training again and again: after a crash, to go on with it, to evaluate it with other samplers. The
-notes in the run's folder (run.json) say which experiment its W&B run belongs to.
+DVC and people run one training again and again: after a crash, to go on with it, to evaluate it with another sampler.
+The notes in the run's folder (run.json) say which experiment its W&B run belongs to.
 """
 
 import dataclasses

@@ -134,9 +134,9 @@ class WandbRun:
                 with suppress(OSError):
                     Path(self.run.settings.sync_dir, ONLINE).touch()
             for section in ("train", "held_out", "samples"):
-                self.run.define_metric(f"{section}/*", step_metric="_step")
+                self.run.define_metric(f"{section}/*", step_metric="train/images")
             for loss in ("train/loss", "held_out/loss"):
-                self.run.define_metric(loss, step_metric="_step", summary="min")
+                self.run.define_metric(loss, step_metric="train/images", summary="min")
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
