@@ -20,6 +20,7 @@ from PIL import Image
 from modeling.checkpoints.fingerprint import PACKAGE, imported_files
 from modeling.inference.samples import SampleNoise
 from modeling.settings import affects
+from modeling.stages import train
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +256,10 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
     assert experiment("sampler.seed=5") == {"evaluate"}
     status = subprocess.run(["dvc", "status"], cwd=repository, env=env, capture_output=True, text=True)
     assert "up to date" in status.stdout
+
+
+def test_code_outside_git_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CODE", tmp_path)
+    assert train.git_commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert train.git_commit() is None
