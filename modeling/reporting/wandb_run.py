@@ -62,12 +62,12 @@ def wanted_mode(settings: WandbConfig) -> str:
 
 
 def on_server(run_id: str) -> bool:
-    """Whether W&B's server has a part of a run: one that was synced, or logged online.
+    """Whether W&B's server has a part of a run: one that was synced, even in part, or logged online.
 
     A second offline part of such a run would repeat and renumber the rows that the server has.
     """
     files = Path(os.environ.get("WANDB_DIR") or state_root()) / "wandb"
-    return any(files.glob(f"*-{run_id}/*.synced")) or any(files.glob(f"*-{run_id}/{ONLINE}"))
+    return any(files.glob(f"*-{run_id}/*.wandb.sync*")) or any(files.glob(f"*-{run_id}/{ONLINE}"))
 
 
 class Picture(NamedTuple):
@@ -184,7 +184,7 @@ class WandbRun:
         yield
         if self.run is not None:
             for mark in Path(self.run.settings.sync_dir).parent.glob(f"*-{self.run_id}/{MARK}"):
-                if mark.parent != self.folder and not any(mark.parent.glob("*.synced")):
+                if mark.parent != self.folder and not any(mark.parent.glob("*.wandb.sync*")):
                     shutil.rmtree(mark.parent, ignore_errors=True)
 
     def finish(self, exit_code: int = 0) -> None:

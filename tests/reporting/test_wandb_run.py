@@ -10,6 +10,7 @@ import torch
 import wandb
 from helpers.configs import group
 from helpers.pipeline import ROOT
+from helpers.wandb_server import wandb_server
 
 from modeling.inference.images import save_png
 from modeling.reliability.errors import ConfigError
@@ -184,7 +185,10 @@ def test_training_goes_on_when_wandb_refuses_the_run():
     assert "is in use): no more of this run is tracked there" in done.stderr
 
 
-@pytest.mark.parametrize("leftover", ["offline-run-1-x/run-x.wandb.synced", f"run-1-x/{wandb_run.ONLINE}"])
+@pytest.mark.parametrize(
+    "leftover",
+    ["offline-run-1-x/run-x.wandb.synced", "offline-run-1-x/run-x.wandb.syncstate", f"run-1-x/{wandb_run.ONLINE}"],
+)
 def test_an_offline_run_never_goes_on_with_one_that_the_server_has(start, leftover, tmp_path, caplog):
     """A second part would repeat and renumber its rows; a new run is told as a whole, and the synced folder stays."""
     path = tmp_path / "wandb" / leftover
@@ -247,4 +251,44 @@ def test_a_real_run_in_the_folder_and_project_of_the_environment(monkeypatch, tm
     found = (r.project, r.name, r.group, r.job_type, r.tags, r.notes)
     assert found == ("p", "n", "g", "j", ("a", "b"), "o") and run.folder.parent == tmp_path / "wandb"
     run.finish()
+    wandb.teardown()
+
+
+def test_what_was_synced_and_goes_on_is_right_on_the_server(monkeypatch, tmp_path):
+    """W&B's real client against a stand-in server: offline, synced, continued offline, synced, continued online."""
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        wandb.teardown()  # what W&B has read from the environment
+
+        def train(settings, run_id, steps):
+            """What a process tells: all of the CSV, then its own steps."""
+            run = WandbRun(settings, {}, run_id)
+            with run.logging_again():
+                for step in range(1, steps + 1):
+                    run.log({"x": 10 * step}, step)
+            run.finish()
+            return run.run_id
+
+        def sync():
+            command = [sys.executable, "-m", "wandb", "sync", "--yes"]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+        def told(run_id):
+            return [(row["_step"], row["x"]) for row in server.history(run_id)]
+
+        def curve(steps):
+            return [(step, 10 * step) for step in range(1, steps + 1)]
+
+        first = train(OFFLINE, "first", 3)
+        assert train(OFFLINE, "first", 4) == first, "nothing was synced yet"
+        sync()
+        assert told(first) == curve(4)
+        second = train(OFFLINE, first, 5)
+        sync()
+        assert told(first) == curve(4) and told(second) == curve(5) and second != first
+        online = group("wandb", "default", mode="online", timeout=20.0)
+        assert train(online, second, 7) == second
+        assert told(second) == curve(7)
     wandb.teardown()
