@@ -67,7 +67,12 @@ def on_server(run_id: str) -> bool:
     A second offline part of such a run would repeat and renumber the rows that the server has.
     """
     files = Path(os.environ.get("WANDB_DIR") or state_root()) / "wandb"
-    return any(files.glob(f"*-{run_id}/*.wandb.sync*")) or any(files.glob(f"*-{run_id}/{ONLINE}"))
+    return any(any(f.glob("*.wandb.sync*")) or (f / ONLINE).exists() for f in _folders(files, run_id))
+
+
+def _folders(files: Path, run_id: str) -> list[Path]:
+    """The folders of a run; W&B numbers those that begin in one second."""
+    return [*files.glob(f"*-{run_id}"), *files.glob(f"*-{run_id}-[0-9]*")]
 
 
 class Picture(NamedTuple):
@@ -183,9 +188,10 @@ class WandbRun:
                 (self.folder / MARK).touch()
         yield
         if self.run is not None:
-            for mark in Path(self.run.settings.sync_dir).parent.glob(f"*-{self.run_id}/{MARK}"):
-                if mark.parent != self.folder and not any(mark.parent.glob("*.wandb.sync*")):
-                    shutil.rmtree(mark.parent, ignore_errors=True)
+            for folder in _folders(Path(self.run.settings.sync_dir).parent, self.run_id):
+                repeated = (folder / MARK).exists() and not any(folder.glob("*.wandb.sync*"))
+                if repeated and folder != self.folder:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self, exit_code: int = 0) -> None:
         """Ends the run, and logs how to open it."""

@@ -105,7 +105,7 @@ def test_only_steps_that_the_server_does_not_have_are_logged(start, caplog):
 
 def test_earlier_offline_folders_of_the_run_go_once_all_is_logged_again(start, tmp_path):
     wandb_folder = tmp_path / "wandb"
-    folders = [wandb_folder / f"offline-run-{k}" for k in ("1-x", "2-x", "3-x", "4-other", "5-x")]
+    folders = [wandb_folder / f"offline-run-{k}" for k in ("1-x", "1-x-1", "3-x", "4-other", "5-x")]
     with start(Run(folders[0])).logging_again():
         pass
     with pytest.raises(KeyboardInterrupt), start(Run(folders[1])).logging_again():
