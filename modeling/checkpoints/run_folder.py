@@ -39,10 +39,9 @@ def write_notes(folder: Path, notes: dict[str, Any]) -> None:
     write_json(folder / "run.json", notes)
 
 
-def notes_of(weights_sha256: str) -> dict[str, Any]:
-    """The notes of the newest run that published these weights; of a folder of their own if there is none."""
-    published = [notes for _, notes in _runs() if notes.get("weights_sha256") == weights_sha256]
-    return published[0] if published else read_notes(state_root() / "runs" / f"model-{weights_sha256[:12]}")
+def run_of_weights(weights_sha256: str) -> tuple[Path, dict[str, Any]] | None:
+    """The folder and the notes of the newest run that published these weights, if there is one."""
+    return next((found for found in _runs() if found[1].get("weights_sha256") == weights_sha256), None)
 
 
 class Start(NamedTuple):

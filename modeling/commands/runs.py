@@ -63,7 +63,8 @@ def _training(folder: Path) -> Entry:
         state = "running"
     t, o = config.trainer, config.optimizer
     what = f"{config.data.name} {config.model.name}, {o.name} {o.lr:g}, {t.steps:,} steps of {t.batch_size}"
-    return Entry(folder, what, state, str(notes.get("experiment") or ""))
+    experiment = str(notes.get("experiment") or "")
+    return Entry(folder, what, state, "" if experiment.startswith("by hand") else experiment)
 
 
 def size(folder: Path) -> int:

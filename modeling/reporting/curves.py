@@ -25,11 +25,8 @@ class Curves:
         _write(path, KEPT, (row for row in self.rows() if row["step"] < step))
 
     def rows(self) -> list[dict[str, float]]:
-        """All complete rows, by step; a value that was not measured at a step is not in its row."""
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="", errors="replace") as file:
-            return [values for row in csv.DictReader(file) if (values := _parse(row)) is not None]
+        """Those of `read_rows`."""
+        return read_rows(self.path)
 
     def add(self, row: Mapping[str, float]) -> dict[str, float]:
         """Appends a row to the file and returns it as it can be read again; UserError if it cannot be written."""
@@ -67,6 +64,14 @@ class Curves:
         figure.tight_layout()
         with replacing(path) as partial:
             figure.savefig(partial, format="png", metadata={"Software": None})
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """All complete rows of the CSV, by step; a value that was not measured at a step is not in its row."""
+    if not path.exists():
+        return []
+    with path.open(newline="", errors="replace") as file:
+        return [values for row in csv.DictReader(file) if (values := _parse(row)) is not None]
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:

@@ -16,6 +16,7 @@ from modeling.checkpoints.run_folder import Run
 from modeling.inference.images import cut_grid, image_grid, sample_grid, save_png
 from modeling.reliability.files import replacing_folder, write_json
 from modeling.reporting.curves import Curves
+from modeling.reporting.experiments import Told, picture_of
 from modeling.reporting.pictures import save_picture
 from modeling.reporting.progress import Progress
 from modeling.reporting.wandb_run import WandbRun
@@ -36,7 +37,7 @@ class Reports(Reporter):
     ) -> None:
         self.folder = run.folder
         self.progress = progress
-        self.wandb_run = wandb_run
+        self.told = Told(run.folder, wandb_run)
         self.examples = examples
         self.classes = classes
         self.last: dict[str, float] = {}
@@ -47,37 +48,23 @@ class Reports(Reporter):
             if step_of(path) >= step:
                 path.unlink()
         save_png(self.folder / "inputs.png", image_grid(self.examples))
-        with self.wandb_run.logging_again():
-            self.wandb_run.log({"inputs": self.folder / "inputs.png"}, 0)
-            for row in self.curves.rows():
-                self._log(row)
+        self.told.again()
         self.progress.started(step)
 
     def _pictures(self) -> list[Path]:
         return sorted((self.folder / "samples").glob(f"step-{9 * '[0-9]'}.png"))
-
-    def _picture(self, step: int) -> Path:
-        return self.folder / "samples" / f"step-{step:09}.png"
-
-    def _log(self, row: Mapping[str, float]) -> None:
-        """Logs a row of the curves to W&B, with the picture of its step if that is drawn already."""
-        step = int(row["step"])
-        values = {f"train/{key}": row[key] for key in row if key not in ("step", "seconds")}
-        self.wandb_run.log(values | {"train/images_per_second": row["images"] / row["seconds"]}, step)
-        if self._picture(step).exists():  # in a call of its own as in `sampled`: W&B's names of pictures depend on it
-            self.wandb_run.log({"train/samples": self._picture(step)}, step)
 
     def stepped(self, step: int, loss: Callable[[], float]) -> None:
         self.progress.stepped(step, loss)
 
     def logged(self, step: int, row: dict[str, float], seconds: float) -> None:
         self.last = row | {"seconds": seconds}
-        self._log(self.curves.add(self.last))
+        self.told.row(self.curves.add(self.last))
         self.progress.logged(step, row)
 
     def sampled(self, step: int, images: Tensor) -> None:
-        save_png(self._picture(step), sample_grid(images, len(self.classes)))
-        self.wandb_run.log({"train/samples": self._picture(step)}, step)
+        save_png(picture_of(self.folder, step), sample_grid(images, len(self.classes)))
+        self.told.picture(step)
 
     def publish(self, target: Path, about: Mapping[str, Any]) -> None:
         """Writes metrics, details (`about` among them), curves and pictures into `target`, else raises UserError."""

@@ -33,7 +33,7 @@ from modeling.reliability.files import sharers, state_root
 from modeling.reliability.signals import poll
 from modeling.reliability.terminal import duration
 from modeling.reporting.progress import LONG
-from modeling.reporting.wandb_run import chosen_mode, has_key
+from modeling.reporting.wandb_run import has_key, wanted_mode
 from modeling.settings import Config
 from modeling.stages import validate
 from modeling.training.state import CheckpointFolder
@@ -169,7 +169,7 @@ def _used_memory(compute: Compute) -> int:
 
 
 def _wandb(config: Config) -> Finding:
-    mode = chosen_mode(config.wandb)
+    mode = wanted_mode(config.wandb)
     if mode == "online" and not has_key():
         return Finding(NOTE, "W&B: online, but there is no API key: set WANDB_API_KEY, or the run is kept offline")
     return Finding(OK, f"W&B: {mode}")

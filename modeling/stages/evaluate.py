@@ -1,6 +1,5 @@
-"""Stage `evaluate`: the metrics and the sample grid of a trained model, into reports/ and into its own W&B run."""
+"""Stage `evaluate`: the metrics and the sample grid of a trained model, into reports/ and W&B."""
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.checkpoints.run_folder import notes_of
 from modeling.data.prepared import LabelledImages, Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import from_first, is_first
@@ -22,8 +20,8 @@ from modeling.inference.images import sample_grid, save_png
 from modeling.inference.samples import DenoisingStrip
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import make_writable, state_root, write_json
+from modeling.reporting.experiments import log_evaluation
 from modeling.reporting.pictures import save_picture
-from modeling.reporting.wandb_run import WandbRun
 from modeling.settings import Config
 from modeling.stages.sample import (
     as_recipe,
@@ -74,18 +72,8 @@ def run(config: Config, out: Path) -> None:
     _save_pictures(target, images, found, strip, config, model, meta)
     write_json(target / "evaluate-details.json", report)
     write_json(target / "evaluate.json", _metrics(report))
-    pictures = {f"evaluate/{name}": target / f"{name}.png" for name in ("samples", "nearest", "denoising")}
-    _log_to_wandb(config, meta, _numbers("evaluate", report) | pictures)
+    log_evaluation(config, meta, report, target)
     log.info("metrics and samples: %s", target)
-
-
-def _log_to_wandb(config: Config, meta: dict[str, Any], values: dict[str, float | Path]) -> None:
-    used = {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
-    recipe = {key: value for key, value in meta["config"].items() if key != "trainer"}  # training has logged all of it
-    run_id = notes_of(meta["sha256"])["wandb_id"]
-    wandb_run = WandbRun(config.wandb, recipe | used, run_id, None, state_root())
-    wandb_run.log(values, max(meta["steps"] + 1, wandb_run.first))  # W&B drops values of a step that it has
-    wandb_run.finish()
 
 
 def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, compute: Compute) -> dict[str, Any]:
@@ -169,12 +157,3 @@ def _quality(
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     made = {"num_samples": e.fid_samples, "reference": f"{len(train)} training images, not flipped"}
     return metrics | made | sampling_facts(config, model, meta, compute) | {"inception_sha256": inception.sha256}
-
-
-def _numbers(prefix: str, report: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a nested report under names like evaluate/quality/"""
-    found: dict[str, Any] = {}
-    for key, value in report.items():
-        name = f"{prefix}/{key}"
-        found |= _numbers(name, value) if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}

@@ -7,6 +7,8 @@ weights and the configuration), and in reports/ train.json, train-details.json, 
 import dataclasses
 import logging
 import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,18 @@ from modeling.distributed.collectives import is_first, world_size
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import to_uint8
 from modeling.reliability.errors import ConfigError, Stopped
-from modeling.reliability.files import make_writable, sharers, state_root, write_atomic
+from modeling.reliability.files import make_writable, sharers, write_atomic
 from modeling.reliability.signals import poll
+from modeling.reporting.experiments import start_training_run
 from modeling.reporting.progress import Progress
 from modeling.reporting.reports import Reports
-from modeling.reporting.wandb_run import WandbRun
 from modeling.settings import Config, affects
 from modeling.training.batches import BatchSource
 from modeling.training.state import CheckpointFolder
-from modeling.training.trainer import Reporter, Trainer
+from modeling.training.trainer import GRID_SAMPLER, Reporter, Trainer
 
 log = logging.getLogger(__name__)
+CODE = Path(__file__).parent
 EXAMPLES = 64  # real inputs shown in W&B
 RECIPE = ("seed", "precision", "data", "model", "diffusion", "optimizer")  # what a model file remembers
 
@@ -76,14 +79,19 @@ def _mention_sharers(run: Run, compute: Compute) -> None:
 def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Prepared, compute: Compute) -> None:
     resolved = {key: value for key, value in dataclasses.asdict(config).items() if key != "named"}
     write_atomic(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)).encode())
-    name = os.environ.get("DVC_EXP_NAME") or f"{config.data.name}-{config.model.name}-{run.name[:6]}"
-    wandb_run = WandbRun(config.wandb, resolved, run.notes["wandb_id"], name, state_root())
+    parameters = sum(p.numel() for p in model.parameters())
+    facts = {
+        "git_commit": git_commit(),
+        "data_sha256": data.sha256,
+        "parameters": parameters,
+        "device_used": compute.describe(),
+        "precision_used": run.parts["precision"],
+    }
+    wandb_run = start_training_run(config, run, facts, GRID_SAMPLER | {"steps": config.trainer.sample_steps})
     progress = Progress(config.trainer, compute.device)
     shown = BatchSource(data.train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
     reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), data.classes if model.num_classes else [])
-    parameters = sum(p.numel() for p in model.parameters())
     _announce(config, compute, data, parameters, run.folder)
-    wandb_run.artifact("config", "config", run.folder / "config.yaml")
     # Of the trainer's keys only those that change weights: else a resumed run would publish another file.
     recipe = {key: resolved[key] for key in RECIPE} | {"trainer": affects(config.trainer, "weights")}
     recipe["sampler"] = config.sampler.method()
@@ -107,9 +115,19 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         progress.close()
         wandb_run.finish(exit_code)
     sha256 = save_model(out / "models" / "model.safetensors", trainer.ema.model.state_dict(), about)
-    write_notes(run.folder, run.notes | {"weights_sha256": sha256})  # how evaluation finds the W&B run of a model
+    # How evaluation finds the W&B run of a model.
+    write_notes(run.folder, run.notes | {"weights_sha256": sha256, "finished": True})
     reports.publish(out / "reports", {"parameters": parameters, "made_on": compute.describe()})
     log.info("model: %s; curves and samples: %s", out / "models" / "model.safetensors", out / "reports")
+
+
+def git_commit() -> str | None:
+    """The commit of this code, if it is in a Git repository."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=CODE, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    return None
 
 
 def _announce(config: Config, compute: Compute, data: Prepared, parameters: int, folder: Path) -> None:

@@ -16,7 +16,7 @@ from modeling.data.sources import FORMS
 from modeling.inference.device import choose_compute
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import existing, make_writable, write_atomic
-from modeling.reporting.wandb_run import chosen_mode
+from modeling.reporting.wandb_run import wanted_mode
 from modeling.settings import Config, own_keys
 
 
@@ -25,7 +25,7 @@ def run(config: Config, out: Path) -> None:
     if config.model.weights is not None:
         raise ConfigError(f"model.weights={config.model.weights}: for stage=sample, evaluate and export only")
     choose_compute(config.device, config.precision, config.deterministic, config.threads)
-    chosen_mode(config.wandb)
+    wanted_mode(config.wandb)
     start_checkpoint(config)
     keys = own_keys(config.data)
     if "path" in keys:

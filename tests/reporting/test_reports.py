@@ -8,26 +8,29 @@ import torch
 from helpers.training import trainer_config
 from PIL import Image
 
+from modeling.checkpoints.run_folder import write_notes
 from modeling.reporting.progress import Progress
 from modeling.reporting.reports import Reports
 from modeling.reporting.wandb_run import WandbRun
 
 
 class Logged(WandbRun):
-    """In place of W&B: keeps what is logged, the size of a picture for a picture."""
+    """In place of W&B: keeps what is logged; of a picture, its size and caption."""
 
     def __init__(self):
         self.run = self.folder = None
         self.steps = {}
 
     def log(self, values, step):
-        sizes = {k: v if isinstance(v, float) else Image.open(v).size for k, v in values.items()}
+        sizes = {k: v if isinstance(v, float) else (Image.open(v.path).size, v.caption) for k, v in values.items()}
         self.steps.setdefault(step, []).append(sizes)
 
 
 @pytest.fixture
 def process(tmp_path):
     """Makes the reports of a new process."""
+
+    write_notes(tmp_path, {"wandb_id": "x", "drawn_with": "ddim"})
 
     def process():
         examples = torch.zeros(4, 1, 4, 4, dtype=torch.uint8)
@@ -37,6 +40,9 @@ def process(tmp_path):
     return process
 
 
+TIMES = [0, 0.5, 1.0, 1.3, 1.6, 1.7, 1.8]  # seconds of training after each step: the first are slower
+
+
 def train(reports, start, last):
     """What the trainer calls; a resumed one first reports the step of its checkpoint once more."""
     reports.started(start)
@@ -44,7 +50,7 @@ def train(reports, start, last):
         if step > start:
             reports.stepped(step, lambda: 0.5)
         row = {"step": step, "images": 2 * step, "lr": 0.1, "loss": 1 / step, "grad_norm": 1.0}
-        reports.logged(step, row | {"held_out_loss": 0.1234567890123}, 0.3 * step)
+        reports.logged(step, row | {"held_out_loss": 0.1234567890123}, TIMES[step])
         if step % 2 == 0:
             reports.sampled(step, torch.zeros(step, 1, 4, 4, dtype=torch.uint8))
 
@@ -53,18 +59,20 @@ def test_a_resumed_run_logs_the_same_to_wandb_and_publishes_the_same(process, tm
     whole = process()
     train(whole, 0, 6)
     whole.publish(tmp_path / "whole", {"parameters": 7})
-    assert whole.wandb_run.steps[0] == [{"inputs": (14, 14)}]
+    assert whole.told.wandb_run.steps[0] == [{"samples/inputs": ((14, 14), "training images")}]
     values = {"train/images": 6, "train/lr": 0.1, "train/loss": 0.333333333, "train/grad_norm": 1}
-    values |= {"train/held_out_loss": 0.123456789, "train/images_per_second": pytest.approx(6 / 0.9)}
-    assert whole.wandb_run.steps[3] == [values]
-    assert whole.wandb_run.steps[4][1] == {"train/samples": (14, 14)}  # a row for each of two classes
+    values |= {"held_out/loss": 0.123456789, "train/images_per_second": pytest.approx(2 / 0.3)}
+    assert whole.told.wandb_run.steps[3] == [values]
+    assert whole.told.wandb_run.steps[4][1] == {
+        "samples/grid": ((14, 14), "step 4, ddim")
+    }  # a row for each of two classes
     train(process(), 0, 5)
     (tmp_path / "samples/step-x.png").touch()  # not ours
     process().started(4)
     assert [path.name for path in (tmp_path / "samples").glob("step-0*")] == ["step-000000002.png"]
     resumed = process()
     train(resumed, 4, 6)
-    assert resumed.wandb_run.steps == whole.wandb_run.steps
+    assert resumed.told.wandb_run.steps == whole.told.wandb_run.steps
     resumed.publish(tmp_path / "resumed", {"parameters": 7})
     names = {path.name for path in (tmp_path / "resumed/samples").iterdir()}
     assert names == {f"step-00000000{step}.png" for step in (2, 4, 6)}

@@ -21,6 +21,7 @@ from PIL import Image
 from modeling.checkpoints.fingerprint import PACKAGE, imported_files
 from modeling.inference.samples import SampleNoise
 from modeling.settings import affects
+from modeling.stages import train
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +62,24 @@ def test_all_stages_leave_their_products(trained):
 
 
 def test_wandb_holds_the_run_and_never_the_code(trained, state):
-    folders = sorted((state / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2 and folders[0].name.split("-")[-1] == folders[1].name.split("-")[-1]  # train, evaluate
-    history, config = {}, ""
-    for folder in folders:
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        config += text
-        for line in text.splitlines():
-            history |= json.loads(line).get("history", {}).get("item", {})
-        assert not list(folder.rglob("*.patch")) and not list(folder.rglob("*.py"))
-    wanted = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images", "images_per_second", "held_out_loss")}
-    wanted |= {"evaluate/loss", "evaluate/bits_per_dim", "evaluate/bits_per_dim_parts/prior"}
-    wanted |= {"inputs", "train/samples", "evaluate/samples", "evaluate/nearest"}
-    missing = [key for key in wanted if not any(found == key or found.startswith(f"{key}.") for found in history)]
-    assert not missing, sorted(history)
-    assert "num_timesteps" in config and "artifact" in config
+    """One folder holds all of it: training, then the evaluation."""
+    (folder,) = (state / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    history, summary = {}, {}
+    for line in text.splitlines():
+        record = json.loads(line)
+        history |= record.get("history", {}).get("item", {})
+        summary |= record.get("summary", {}).get("update", {})
+    assert not list(folder.rglob("*.patch")) and not list(folder.rglob("*.py"))
+    wanted = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images", "images_per_second")} | {"held_out/loss"}
+    wanted |= {"samples/inputs.caption", "samples/grid.caption", "evaluate/samples.caption", "evaluate/nearest.caption"}
+    assert wanted <= history.keys() and history["samples/grid.caption"] == "step 4, ddim, 2 steps, guidance 1, seed 0"
+    final = {"evaluate/loss", "evaluate/bits_per_dim", "evaluate/bits_per_dim_parts/prior"}
+    assert final <= summary.keys() and not final & history.keys()
+    assert summary["held_out/loss"]["min"] == pytest.approx(summary["evaluate/loss"], rel=1e-4)
+    facts = ("num_timesteps", "git_commit", "data_sha256", "device_used", "precision_used", "177427")
+    assert all(fact in text for fact in facts)
 
 
 def test_the_same_command_again_trains_nothing_and_publishes_the_same(trained, state, tmp_path):
@@ -265,10 +268,17 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
     assert refused.returncode and "error: sampler.guidance_scale=2.0: the model is not class" in refused.stderr
     assert hashes(repository / "models") | hashes(repository / "reports") == made  # DVC has removed nothing
     assert experiment("wandb.mode=disabled") == set()
-    edits = {"training/ema.py": "train", "reporting/curves.py": "train", "evaluation/fid.py": "evaluate"}
+    edits = {"training/ema.py": "train", "reporting/progress.py": "train", "evaluation/fid.py": "evaluate"}
     for file, repeated in edits.items():
         with (repository / "modeling" / file).open("a") as code:
             code.write("# an edit that changes no weight\n")
         assert experiment() == {repeated}, file
     assert experiment("sampler.seed=5") == {"evaluate"}
     assert "up to date" in dvc(["dvc", "status"]).stdout
+
+
+def test_code_outside_git_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CODE", tmp_path)
+    assert train.git_commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert train.git_commit() is None
