@@ -103,7 +103,7 @@ def log_evaluation(config: Config, meta: Mapping[str, Any], report: Mapping[str,
             Told(folder, wandb_run).again()
     else:
         run_id = fingerprint({"experiment": mine, "weights": meta["sha256"], "used": used})[:12]
-        names = (meta["config"][group]["name"] for group in ("data", "model"))
+        names = (meta["config"][group]["name"] for group in ("data", "model") if group in meta["config"])
         about = {"job_type": "evaluate", "tags": list(names)} | about_experiment()
         recipe = {key: value for key, value in meta["config"].items() if key != "trainer"}
         wandb_run = WandbRun(config.wandb, recipe | used | {"weights_sha256": meta["sha256"]}, run_id, about)

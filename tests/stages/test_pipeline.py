@@ -73,12 +73,17 @@ def test_wandb_holds_the_run_and_never_the_code(trained, state):
         summary |= record.get("summary", {}).get("update", {})
     assert not list(folder.rglob("*.patch")) and not list(folder.rglob("*.py"))
     wanted = {f"train/{key}" for key in ("loss", "lr", "grad_norm", "images", "images_per_second")} | {"held_out/loss"}
-    wanted |= {"samples/inputs.caption", "samples/grid.caption", "evaluate/samples.caption", "evaluate/nearest.caption"}
+    wanted |= {
+        "samples/inputs.caption",
+        "samples/grid.caption",
+        "evaluate/samples.caption",
+        "evaluate/denoising.caption",
+    }
     assert wanted <= history.keys() and history["samples/grid.caption"] == "step 4, ddim, 2 steps, guidance 1, seed 0"
     final = {"evaluate/loss", "evaluate/bits_per_dim", "evaluate/bits_per_dim_parts/prior"}
     assert final <= summary.keys() and not final & history.keys()
     assert summary["held_out/loss"]["min"] == pytest.approx(summary["evaluate/loss"], rel=1e-4)
-    facts = ("num_timesteps", "git_commit", "data_sha256", "device_used", "precision_used", "177427")
+    facts = ("num_timesteps", "git_commit", "data_sha256", "device_used", "precision_used", "271251")
     assert all(fact in text for fact in facts)
 
 
