@@ -178,6 +178,10 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, AttentionBlock):
+                for matrix in module.qkv.weight.chunk(3):  # each by itself: the bound of the fused matrix is smaller
+                    nn.init.xavier_uniform_(matrix)
         if self.num_classes:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
         for name, parameter in self.named_parameters():
@@ -185,7 +189,7 @@ class UNet(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = self.time_mlp(timestep_embedding(t, self.model_channels))
+        emb = self.time_mlp(timestep_embedding(t, self.model_channels).to(x.dtype))
         if self.num_classes:
             assert y is not None, "a class-conditional network needs labels"
             emb = emb + self.class_embedding(y)

@@ -26,8 +26,8 @@ def nearest_images(queries: Tensor, images: Tensor, k: int, mirror: bool) -> Nei
 
     `mirror` searches the mirror images too; an image counts once, in its nearer form.
     """
-    flat = queries.flatten(1).float()
-    best = torch.full((len(queries), k), torch.inf)
+    flat = queries.flatten(1).double()  # exact: the sums of squares of bytes are whole numbers
+    best = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
     indices = torch.zeros((len(queries), k), dtype=torch.int64)
     for start in counted("nearest training images", range(0, len(images), CHUNK), "parts"):
         poll()
@@ -45,5 +45,5 @@ def nearest_images(queries: Tensor, images: Tensor, k: int, mirror: bool) -> Nei
 
 
 def _squared_distance(flat: Tensor, images: Tensor) -> Tensor:
-    other = images.flatten(1).float()
+    other = images.flatten(1).double()
     return flat.square().sum(1, keepdim=True) + other.square().sum(1) - 2 * flat @ other.T

@@ -42,6 +42,12 @@ FIXED: dict[str, tuple[Any, Any]] = {
     "class_embed_type": (None, None),
     "num_class_embeds": (None, None),
 }
+# What else its configurations hold: about the sampler, which is chosen here by the sampler group, or about nothing.
+HARMLESS = {"dynamic_thresholding_ratio", "sample_max_value", "timestep_spacing", "steps_offset", "set_alpha_to_one"}
+HARMLESS |= {"skip_prk_steps", "out_channels", "time_embedding_dim"}  # the last two the weights themselves show
+READ = {"sample_size", "in_channels", "block_out_channels", "down_block_types", "up_block_types", "attention_head_dim"}
+READ |= {"prediction_type", "variance_type", "trained_betas", "beta_schedule", "beta_start", "beta_end"}
+READ |= {"num_train_timesteps", "rescale_betas_zero_snr", "thresholding", "clip_sample", "clip_sample_range"}
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # the same formulas; its "sigmoid" is another
 VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
 KEYS = {"num_res_blocks": ("layers_per_block", 2), "dropout": ("dropout", 0.0), "norm_groups": ("norm_num_groups", 32)}
@@ -62,6 +68,7 @@ def load_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[int]]:
+    _know(c, "config.json", folder)
     for key, (needed, default) in FIXED.items():
         if c.get(key, default) != needed:
             raise UserError(f"{folder}: {key}={c.get(key, default)} in config.json; only {needed} can be read")
@@ -72,6 +79,10 @@ def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], l
         if [kind.replace("Up", "Down") for kind in reversed(c["up_block_types"])] != kinds:
             raise UserError(f"{folder}: up_block_types do not mirror down_block_types; this cannot be read")
         head_dim = c.get("attention_head_dim", 8)
+        if any(w % widths[0] for w in widths):
+            raise UserError(f"{folder}: block_out_channels={widths} are no multiples of the first; this cannot be read")
+        if head_dim and any(w % head_dim for w in _attended(widths, attends)):
+            raise UserError(f"{folder}: attention_head_dim={head_dim} does not divide block_out_channels={widths}")
         heads = {w // head_dim if head_dim else 1 for w in _attended(widths, attends)}
         if len(heads) > 1:
             raise UserError(f"{folder}: attention_head_dim={head_dim} gives each resolution another number of heads")
@@ -89,6 +100,14 @@ def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], l
         raise UserError(f"{folder}: config.json is not of a UNet2DModel that can be read ({error!r})") from None
 
 
+def _know(c: Mapping[str, Any], name: str, folder: Path) -> None:
+    """UserError for a key that could change what the model computes and that is not known here."""
+    known = {*FIXED, *HARMLESS, *READ, *(theirs for theirs, _ in KEYS.values())}
+    for key, value in c.items():
+        if key not in known and not key.startswith("_"):
+            raise UserError(f"{folder}: {str(key)[:40]}={str(value)[:40]} in {name} is not known; it cannot be read")
+
+
 def _attended(widths: Sequence[int], attends: Sequence[bool]) -> list[int]:
     return [*(w for w, attend in zip(widths, attends, strict=True) if attend), widths[-1]]  # the middle always attends
 
@@ -101,10 +120,14 @@ def _diffusion_config(c: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder}: {key}={value} in scheduler_config.json; allowed are {allowed}")
         return next(name for name, theirs in table.items() if theirs == value)
 
+    _know(c, "scheduler_config.json", folder)
+    clips, limit = c.get("clip_sample", True), c.get("clip_sample_range", 1.0)
+    if clips and limit != 1:
+        raise UserError(f"{folder}: clip_sample_range={str(limit)[:40]} in scheduler_config.json; only 1.0 can be read")
     for key in ("rescale_betas_zero_snr", "thresholding"):
         if c.get(key, False):
             raise UserError(f"{folder}: {key}={str(c[key])[:40]} in scheduler_config.json cannot be read")
-    if not c.get("clip_sample", True):
+    if not clips:
         log.warning("%s: its scheduler does not clip x_0: sampler.clip_denoised=false does the same", folder)
     config = {"prediction_type": c.get("prediction_type", "epsilon"), "min_snr_gamma": None}
     config["variance"] = ours(VARIANCES, "variance_type", "fixed_small")
@@ -149,6 +172,9 @@ def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, m
     height, width, channels = meta["image_shape"]
     if m.get("class_conditional"):
         raise ConfigError("stage=export: the model is class-conditional, and DDPMPipeline knows no labels")
+    if m["channel_mult"][0] != 1:
+        first = f"model.channel_mult={m['channel_mult']}"
+        raise ConfigError(f"stage=export: {first}: a network of diffusers has model_channels at the first resolution")
     widths = [mult * m["model_channels"] for mult in m["channel_mult"]]
     attends = [height >> level in m["attention_resolutions"] for level in range(len(widths))]
     head_dims = {w // m["num_heads"] for w in _attended(widths, attends)}

@@ -22,6 +22,23 @@ def test_the_papers_network_has_its_parameter_count():
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
 
 
+def test_queries_keys_and_values_are_initialised_as_three_matrices():
+    net = UNet(8, **TINY, attention_resolutions=(8,))
+    for name, parameter in net.named_parameters():
+        if name.endswith("qkv.weight"):
+            channels = parameter.shape[1]
+            for matrix in parameter.chunk(3):
+                assert 0.95 < matrix.abs().max() / (6 / (2 * channels)) ** 0.5 <= 1  # the bound of Xavier
+
+
+def test_the_network_runs_in_float64(generator):
+    net = perturbed(attention_resolutions=(4,), num_classes=2).double()
+    x, t = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 9])
+    y = torch.tensor([0, 1])
+    torch.testing.assert_close(net(x, t, y), net.float()(x.float(), t, y).double(), rtol=1e-3, atol=1e-3)
+    assert net.double()(x, t, y).dtype == torch.float64
+
+
 def test_timestep_embedding_closed_form():
     first, last = timestep_embedding(torch.tensor([0, 7]), 8)
     assert first.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]

@@ -6,6 +6,18 @@ import torch
 from modeling.evaluation.nearest import nearest_images
 
 
+def test_the_order_of_near_distances_is_exact():
+    """Squared distances of 1 to 40 between bright images of 32 x 32, which float32 would round away."""
+    query = torch.full((1, 3, 32, 32), 250, dtype=torch.uint8)
+    images = query.repeat(40, 1, 1, 1)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    for k, squared in enumerate((order + 1).tolist()):
+        images[k].view(-1)[:squared] += 1
+    found = nearest_images(query, images, 40, False)
+    assert torch.equal(found.indices[0], order.argsort())
+    torch.testing.assert_close(found.rms[0], (torch.arange(1, 41) / 3072).sqrt())
+
+
 @pytest.mark.parametrize("mirror", [False, True])
 def test_nearest_images_is_an_exact_search(mirror, generator):
     images = torch.randint(0, 256, (5000, 3, 4, 4), dtype=torch.uint8, generator=generator)

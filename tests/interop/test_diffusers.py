@@ -6,14 +6,17 @@ import pickle
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from helpers.configs import group
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modeling.build import build_model, build_schedule
 from modeling.checkpoints.model_file import load_trained
 from modeling.diffusion.schedule import SCHEDULES
 from modeling.interop.diffusers import load_diffusers, save_diffusers
-from modeling.reliability.errors import UserError
+from modeling.reliability.errors import ConfigError, UserError
 from modeling.settings import GROUPS, DiffusionConfig, parse_group
 
 SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_resolutions": [8], "norm_groups": 4}
@@ -72,6 +75,10 @@ EDITS = {
     "rescale_betas_zero_snr": ("scheduler/scheduler_config.json", True),
     "thresholding": ("scheduler/scheduler_config.json", True),
     "beta_schedule": ("scheduler/scheduler_config.json", "scaled_linear"),
+    "block_out_channels": ("unet/config.json", [8, 12]),
+    "snr_shift_scale": ("scheduler/scheduler_config.json", 3.0),
+    "resnet_skip": ("unet/config.json", True),
+    "clip_sample_range": ("scheduler/scheduler_config.json", 2),
     "variance_type": ("scheduler/scheduler_config.json", "learned"),
 }
 
@@ -112,11 +119,46 @@ def test_the_flat_layout_of_the_first_published_models_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"class_conditional": True}, "class-conditional"), ({"num_heads": 2}, "2 heads")]
+    ("changes", "message"),
+    [
+        ({"class_conditional": True}, "class-conditional"),
+        ({"num_heads": 2}, "2 heads"),
+        ({"channel_mult": [2, 2]}, r"model.channel_mult=\[2, 2\]: a network of diffusers has"),
+    ],
 )
 def test_what_cannot_be_exported_is_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         saved(tmp_path, group("model", "tiny", **SMALL | changes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_network_is_exported_so_that_diffusers_computes_the_same_or_is_refused(tmp_path_factory, data):
+    folder, draw = tmp_path_factory.mktemp("drawn"), data.draw
+    levels = draw(st.integers(1, 3))
+    changes = {
+        "model_channels": draw(st.sampled_from([4, 8])),
+        "channel_mult": [draw(st.integers(1, 3)) for _ in range(levels)],
+        "num_res_blocks": draw(st.integers(1, 2)),
+        "attention_resolutions": [8 >> level for level in range(levels) if draw(st.booleans())],
+        "num_heads": draw(st.sampled_from([1, 2, 4])),
+        "norm_groups": draw(st.sampled_from([2, 4])),
+    }
+    model = group("model", "tiny", **changes)
+    try:
+        saved(folder, model, LINEAR)
+    except ConfigError as error:
+        assert ("model.channel_mult" in str(error)) == (model.channel_mult[0] != 1)
+        return
+    ours, meta = load_trained(folder)
+    assert meta["config"]["model"] == vars(model) | {"name": "diffusers"}
+    with torch.no_grad():
+        for parameter in ours.network.parameters():  # else the network's output is 0
+            parameter.normal_(std=0.2)
+        save_diffusers(folder, ours.network.state_dict(), ours.schedule.betas, meta)
+        theirs = UNet2DModel.from_pretrained(folder / "unet").eval()
+        x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 7])
+        torch.testing.assert_close(ours.network(x, t), theirs(x, t).sample, rtol=1e-3, atol=1e-3)
 
 
 def test_heads_at_one_width_are_exported(tmp_path):
