@@ -15,7 +15,15 @@ from benchmarks.bench import __main__ as bench
 from benchmarks.bench import peers, profile
 from benchmarks.measure import Elsewhere, rates, ratio, spread, turn
 from benchmarks.project import configure, make_task, training_flops
-from benchmarks.studies import kept_memory, loss_equality, recognition, reliability, samplers, time_to_quality
+from benchmarks.studies import (
+    kept_memory,
+    loss_equality,
+    recognition,
+    reliability,
+    samplers,
+    time_to_quality,
+    two_trainings,
+)
 from modeling.data.prepared import LabelledImages
 from modeling.data.shapes import draw_shapes
 from modeling.stages import prepare, train
@@ -181,7 +189,7 @@ def test_energy_distance():
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("model.weights=absent", "no model in absent"), ("modle=tiny", "Could not override 'modle'")],
+    [("model.weights=absent", "model.weights=absent: there is no "), ("modle=tiny", "Could not override 'modle'")],
 )
 def test_bad_input_is_one_line(argument, message, capsys):
     with pytest.raises(SystemExit) as end:
@@ -215,6 +223,13 @@ def test_samplers_and_classes_of_a_trained_model(tmp_path, monkeypatch):
     result = recognition.main(arguments=["--samples=20", "--epochs=1", *out, *guided])
     assert 0 <= result["classifier_on_samples"] <= 1 and len(result["by_class"]) == 10
     assert result["sampler"]["guidance_scale"] == 2
+
+
+def test_two_trainings_at_once():
+    tiny = ["model=tiny", "data.image_size=8", "trainer.steps=3", "trainer.batch_size=4"]
+    found = two_trainings.main(arguments=["--rounds=1", *tiny])["images_per_second_of_each"]
+    assert {case: spread["n"] for case, spread in found.items()} == {"one": 1, "two": 2, "two, threads=1": 2}
+    assert all(spread["min"] > 0 for spread in found.values())
 
 
 def test_profile_names_operators(capsys):

@@ -93,7 +93,8 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")
     # "cuda" is the current device; each of several processes has made another one current: see collectives.py.
     chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: 1.5 s
+        torch.use_deterministic_algorithms(deterministic)
     settings: Any = torch.utils.deterministic
     settings.fill_uninitialized_memory = False  # else it fills new tensors, which takes time
     if chosen.type == "cuda":

@@ -14,7 +14,8 @@ import yaml
 from modeling.checkpoints.fingerprint import fingerprint
 from modeling.checkpoints.run_folder import Run, read_notes, run_of_weights, write_notes
 from modeling.reporting.curves import read_rows
-from modeling.reporting.wandb_run import Picture, WandbRun, about_experiment, experiment, on_server, wanted_mode
+from modeling.reporting.wandb_mode import wanted_mode
+from modeling.reporting.wandb_run import Picture, WandbRun, about_experiment, experiment, on_server
 from modeling.settings import Config
 
 

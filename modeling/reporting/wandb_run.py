@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import wandb
 
-from modeling.reliability.errors import ConfigError, short
+from modeling.reliability.errors import short
 from modeling.reliability.files import state_root
+from modeling.reporting.wandb_mode import wanted_mode
 from modeling.settings import WandbConfig
 
 log = logging.getLogger(__name__)
-MODES = ("online", "offline", "disabled")
 MARK = "repeated-by-a-later-folder"  # a file in the offline folders of processes that log in `logging_again`
 ONLINE = "on-the-server"  # a file in the folders of processes that the server answered
 # What wandb.init would let its argument override, against what W&B documents.
@@ -51,14 +51,6 @@ def about_experiment() -> dict[str, str]:
         return {}
     sweep = re.fullmatch(r"(.+)-\d+", name)
     return {"name": name, "group": sweep[1] if sweep else commit, "notes": f"DVC experiment {name} of commit {commit}"}
-
-
-def wanted_mode(settings: WandbConfig) -> str:
-    """The mode that WANDB_MODE, or else conf/, asks for; ConfigError if it is unknown."""
-    mode = os.environ.get("WANDB_MODE") or settings.mode
-    if mode not in MODES:
-        raise ConfigError(f"WANDB_MODE={mode}: allowed are {', '.join(MODES)}")
-    return mode
 
 
 def on_server(run_id: str) -> bool:

@@ -33,7 +33,8 @@ from modeling.reliability.files import sharers, state_root
 from modeling.reliability.signals import poll
 from modeling.reliability.terminal import duration
 from modeling.reporting.progress import LONG
-from modeling.reporting.wandb_run import has_key, wanted_mode
+from modeling.reporting.wandb_mode import wanted_mode
+from modeling.reporting.wandb_run import has_key
 from modeling.settings import Config
 from modeling.stages import validate
 from modeling.training.state import CheckpointFolder

@@ -16,7 +16,7 @@ from modeling.data.sources import FORMS
 from modeling.inference.device import choose_compute
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import existing, make_writable, write_atomic
-from modeling.reporting.wandb_run import wanted_mode
+from modeling.reporting.wandb_mode import wanted_mode
 from modeling.settings import Config, own_keys
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
+from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas, tabulated_betas
 
 
 def test_linear_betas_of_the_paper():
@@ -48,6 +48,12 @@ def test_posterior_is_bayes_rule_for_two_gaussians(schedule):
     torch.testing.assert_close(s.posterior_variance[1:], 1 / precision)
     torch.testing.assert_close(s.posterior_mean_coef2[1:], (1 - betas).sqrt() / betas / precision)
     torch.testing.assert_close(s.posterior_mean_coef1[1:], before.sqrt() / (1 - before) / precision)
+
+
+def test_a_table_has_a_beta_for_each_time_step():
+    assert tabulated_betas(2, [0.1, 0.2]).tolist() == [0.1, 0.2]
+    with pytest.raises(ValueError, match="2 betas for 3 time steps"):
+        tabulated_betas(3, [0.1, 0.2])
 
 
 def test_posterior_at_the_first_step_is_x_0(schedule):

@@ -10,8 +10,8 @@ from helpers.training import CPU, SMALL
 
 from modeling.build import build_model
 from modeling.diffusion.samplers import SAMPLERS
-from modeling.inference.images import sample_grid
-from modeling.inference.samples import SampleNoise, draw_samples
+from modeling.inference.images import sample_grid, to_uint8
+from modeling.inference.samples import DenoisingStrip, SampleNoise, draw_samples
 from modeling.reliability.errors import ConfigError
 from modeling.stages.sample import check_sampling
 
@@ -49,6 +49,27 @@ def test_samples_take_the_classes_in_turn_or_the_one_that_is_asked_for():
         same = draw(model, range(5), label=label, eta=0.5, guidance_scale=3.0)
         close = (same - mixed).abs().amax((1, 2, 3)) <= 1
         assert close.tolist() == [k % 3 == label for k in range(5)]
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(4, [9, 3, 0]), (2, [9, 0]), (1, [9])])
+def test_the_denoising_strip_is_what_the_first_samples_come_from(steps, shown):
+    model, sampler = network(False), group("sampler", "ddim", steps=steps, batch_size=3)
+    strip = DenoisingStrip(10, sampler, count=2, frames=3)
+    draw_samples(model, sampler, range(1, 4), (3, 8, 8), CPU, watch=strip)  # without sample 0
+    assert not strip.frames and not strip.complete
+    images = draw_samples(model, sampler, range(7), (3, 8, 8), CPU, watch=strip)
+    assert strip.complete and list(strip.frames) == shown
+    x_T = SampleNoise(sampler.seed, range(2), (3, 8, 8), "cpu")()
+    assert torch.equal(strip.frames[9], to_uint8(x_T))
+    # From the last x_t on, the sampler returns the prediction of x_0.
+    if steps == 4:
+        x = x_T
+        for t, after in ((9, 6), (6, 3), (3, 0)):
+            x_0, eps, _ = model.predict(x, torch.tensor([t, t]), True)
+            a = model.schedule.alphas_cumprod[after]
+            x = (a.sqrt() * x_0 + (1 - a).sqrt() * eps).float()
+            assert after not in shown or (strip.frames[after].int() - to_uint8(x).int()).abs().max() <= 1
+    assert len(images) == 7
 
 
 def test_grid_has_a_row_for_each_class():

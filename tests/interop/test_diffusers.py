@@ -78,6 +78,7 @@ EDITS = {
     "block_out_channels": ("unet/config.json", [8, 12]),
     "snr_shift_scale": ("scheduler/scheduler_config.json", 3.0),
     "resnet_skip": ("unet/config.json", True),
+    "does not divide": ("unet/config.json", {"attention_head_dim": 3}),
     "clip_sample_range": ("scheduler/scheduler_config.json", 2),
     "variance_type": ("scheduler/scheduler_config.json", "learned"),
 }
@@ -90,7 +91,7 @@ def edit(path, **changes):
 @pytest.mark.parametrize("key", EDITS)
 def test_what_cannot_be_read_is_named(tmp_path, key):
     name, value = EDITS[key]
-    edit(saved(tmp_path) / name, **{key: value})
+    edit(saved(tmp_path) / name, **value if isinstance(value, dict) else {key: value})
     with pytest.raises(UserError, match="not of a UNet2DModel" if key == "sample_size" else key):
         load_diffusers(tmp_path)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modeling.reliability import files, signals
-from modeling.reliability.errors import Stopped, UserError, explain, short
+from modeling.reliability.errors import ConfigError, Stopped, UserError, explain, short
 
 
 def test_errors_of_the_machine_have_a_line_and_bugs_have_none():
@@ -172,3 +172,23 @@ def test_processes_that_share_the_cores_are_those_that_hold_a_lock_now(tmp_path,
         monkeypatch.delattr(os, "sched_getaffinity")
         assert found() == [other]
     assert found() == []
+
+
+def test_a_relative_path_means_the_same_place_under_every_way_of_running(tmp_path, monkeypatch):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root, elsewhere):
+        folder.mkdir()
+    (root / "images").mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(elsewhere)
+    assert files.existing("data.path", "images") == root / "images"  # plainly: there is none here
+    with pytest.raises(ConfigError) as error:
+        files.existing("data.path", "x")
+    assert str(error.value) == f"data.path=x: there is no {elsewhere / 'x'} and no {root / 'x'}"
+    (elsewhere / "images").mkdir()
+    assert files.existing("data.path", "images") == elsewhere / "images"
+    monkeypatch.setenv("DVC_STAGE", "train")  # in DVC's copy of the repository
+    assert files.existing("data.path", "images") == root / "images"
+    assert files.existing("data.path", "~/root") == files.existing("data.path", str(root)) == root
