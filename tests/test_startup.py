@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers.pipeline import ROOT
 
-HEAVY = {"torch", "torchvision", "wandb", "matplotlib", "dvc"}
+HEAVY = {"torch", "torchvision", "wandb", "matplotlib", "dvc", "tqdm", "psutil"}
 
 
 CODES = {

@@ -8,10 +8,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tqdm import tqdm
+if TYPE_CHECKING:  # its import takes time that a command without progress, such as --help, need not wait
+    pass
 
 log = logging.getLogger(__name__)
 Part = TypeVar("Part")
@@ -37,7 +38,7 @@ class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # generic for ty
         return f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {level}{super().format(record)}"
 
     def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(self.stream):
+        with sys.modules["tqdm"].tqdm.external_write_mode(self.stream) if "tqdm" in sys.modules else nullcontext():
             super().emit(record)
 
 
@@ -68,6 +69,8 @@ class Bar:
     """How far some work has come: `done` of `total` units; what is done at first was done before this process."""
 
     def __init__(self, what: str, total: float, unit: str = "images", done: float = 0, **options: Any) -> None:
+        from tqdm import tqdm
+
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.values = ""
         self.shown_at = time.perf_counter()
