@@ -29,7 +29,7 @@ def test_the_recipe_of_the_model_decides_what_the_user_did_not_name():
     assert chosen() == ("ddim", 50, 3.0, 0.5)
     assert chosen("sampler.steps=20", "sampler.seed=3", "sampler.guidance_scale=1") == ("ddim", 20, 1.0, 0.5)
     assert chosen("sampler=dpm_solver") == ("dpm_solver", 20, 1.0, None)
-    assert chosen("experiment=cifar10_cpu") == ("ddpm", 250, 1.0, None)
+    assert chosen("experiment=cifar10_cpu") == ("ddim", 50, 2.5, 0.0)
     assert chosen(recipe=None) == ("ddpm", 1000, 1.0, None)  # of an old file, or another library
     assert chosen(named=["sampler"]) == ("ddpm", 1000, 1.0, None)  # of params.yaml, see main.py
 
