@@ -25,11 +25,15 @@ def images(generator):
     return LabelledImages(images, torch.zeros(48, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("num_timesteps", "count"), [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 49), (100, 1)])
+@pytest.mark.parametrize(("num_timesteps", "count"), [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 49), (50, 50), (100, 1)])
 def test_strata_split_all_steps_but_the_first(num_timesteps, count):
     ranges = strata(num_timesteps, count)
     assert [t for first, end in ranges for t in range(first, end)] == list(range(1, num_timesteps))
-    assert count is None or len(ranges) <= count
+    assert all(first < end for first, end in ranges) and (count is None or len(ranges) <= count)
+
+
+def test_strata_grow_geometrically_but_none_is_empty():
+    assert strata(8, 3) == [(1, 2), (2, 4), (4, 8)] and strata(1000, 20)[:3] == [(1, 2), (2, 3), (3, 4)]
 
 
 def test_bits_per_dim_of_a_part_of_the_time_steps_agrees_with_all(images):
@@ -91,6 +95,7 @@ def test_the_held_out_loss_is_the_mean_of_its_quartiles(images):
     assert sum(report["loss_by_t"].values()) / 4 == pytest.approx(report["loss"], rel=1e-5)
     each_once = LabelledImages(torch.zeros(60, 1, 1, 1, dtype=torch.uint8), torch.zeros(60, dtype=torch.int64))
     assert held_out_report(Terms(), each_once, 10, CPU)["loss_by_t"] == {"q1": 7, "q2": 22, "q3": 37, "q4": 52}
+    assert held_out_report(Terms(), each_once.first(1), 10, CPU)["loss_by_t"] == {"q3": 30}  # nothing of the others
 
 
 def test_a_model_without_a_finite_loss_is_refused(images):
