@@ -71,9 +71,10 @@ def test_prediction_types_say_the_same(schedule, generator, prediction_type):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_losses_of_the_prediction_types_differ_by_powers_of_the_snr(schedule, generator, prediction_type):
     """|x_0 error|^2 = |eps error|^2 / SNR and |v error|^2 = |eps error|^2 (1 + 1 / SNR); min-SNR makes them one."""
-    n, snr, gamma = schedule.num_timesteps, schedule.snr, 5.0
+    n, gamma = schedule.num_timesteps, 5.0
     x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
-    t = torch.arange(n)
+    t = torch.arange(n).flip(0)
+    snr = schedule.snr[t]
     model = optimal_model(schedule, squashed, prediction_type=prediction_type)
     eps_loss = model.simple_loss(x_0, t, noise)
     factor = {"epsilon": torch.ones(n), "sample": 1 / snr, "v_prediction": 1 + 1 / snr}[prediction_type]
@@ -88,7 +89,7 @@ def test_hybrid_loss_trains_the_variance_and_only_it(generator):
     out = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
     x_0 = torch.randint(0, 256, (20, 1, 2, 2), generator=generator).double() / 127.5 - 1
     noise = torch.randn(20, 1, 2, 2, generator=generator, dtype=torch.float64)
-    t = torch.arange(20)
+    t = torch.arange(20).flip(0)
     learned = DiffusionModel(lambda x_t, t: out, schedule, variance="learned")
     loss = learned(x_0, t, noise)
     simple = (out[:, :1] - noise).square().flatten(1).mean(1)

@@ -25,7 +25,10 @@ def images(generator):
     return LabelledImages(images, torch.zeros(48, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("num_timesteps", "count"), [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 49), (50, 50), (100, 1)])
+SPLITS = [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 49), (50, 50), (100, 1)]
+
+
+@pytest.mark.parametrize(("num_timesteps", "count"), SPLITS)
 def test_strata_split_all_steps_but_the_first(num_timesteps, count):
     ranges = strata(num_timesteps, count)
     assert [t for first, end in ranges for t in range(first, end)] == list(range(1, num_timesteps))

@@ -77,6 +77,12 @@ def test_timesteps_are_uniform(stratified):
     assert (counts.std(0).max() < 0.6) == stratified
 
 
+def test_the_recipe_chooses_how_time_steps_are_drawn(tmp_path):
+    for sampling, each_once in (("stratified", True), ("uniform", False)):
+        inputs = make(tmp_path, batch_size=20, timestep_sampling=sampling).source.inputs(0)
+        assert (sorted(inputs.t.tolist()) == [*range(20)]) == each_once and inputs.y is None
+
+
 def test_training_noise_is_normal(tmp_path):
     inputs = make(tmp_path).source
     noise = torch.cat([inputs.inputs(step).noise.flatten() for step in range(50)]).double()
