@@ -71,9 +71,10 @@ def test_prediction_types_say_the_same(schedule, generator, prediction_type):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_losses_of_the_prediction_types_differ_by_powers_of_the_snr(schedule, generator, prediction_type):
     """|x_0 error|^2 = |eps error|^2 / SNR and |v error|^2 = |eps error|^2 (1 + 1 / SNR); min-SNR makes them one."""
-    n, snr, gamma = schedule.num_timesteps, schedule.snr, 5.0
+    n, gamma = schedule.num_timesteps, 5.0
     x_0, noise = torch.randn(2, n, 1, 2, 2, generator=generator, dtype=torch.float64)
-    t = torch.arange(n)
+    t = torch.arange(n).flip(0)
+    snr = schedule.snr[t]
     model = optimal_model(schedule, squashed, prediction_type=prediction_type)
     eps_loss = model.simple_loss(x_0, t, noise)
     factor = {"epsilon": torch.ones(n), "sample": 1 / snr, "v_prediction": 1 + 1 / snr}[prediction_type]
@@ -88,7 +89,7 @@ def test_hybrid_loss_trains_the_variance_and_only_it(generator):
     out = torch.randn(20, 2, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
     x_0 = torch.randint(0, 256, (20, 1, 2, 2), generator=generator).double() / 127.5 - 1
     noise = torch.randn(20, 1, 2, 2, generator=generator, dtype=torch.float64)
-    t = torch.arange(20)
+    t = torch.arange(20).flip(0)
     learned = DiffusionModel(lambda x_t, t: out, schedule, variance="learned")
     loss = learned(x_0, t, noise)
     simple = (out[:, :1] - noise).square().flatten(1).mean(1)
@@ -110,12 +111,15 @@ def test_unknown_options_are_refused(option):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_guidance_extrapolates_the_prediction(prediction_type, scale, variance, generator):
-    """x_0 moves on the line from the unconditional to the conditional prediction; eps is the noise that fits."""
+    """x_0 moves on the line from the unconditional to the conditional prediction; eps is the noise that fits.
+
+    It is clipped after that, since the line may lead out of [-1, 1], or back.
+    """
     schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
 
     def network(x, t, y):
         """Says that x_0 is the value of the class; without a label, 0."""
-        x_0 = torch.tensor([0.2, -0.1, 0.0], dtype=x.dtype)[y].reshape(-1, 1, 1, 1).expand_as(x)
+        x_0 = torch.tensor([0.5, -0.1, 0.0], dtype=x.dtype)[y].reshape(-1, 1, 1, 1).expand_as(x)
         out = output_for(x_0, x, schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1), prediction_type)
         return torch.cat([out, y.reshape(-1, 1, 1, 1).expand_as(x) - 1.0], 1) if variance == "learned" else out
 
@@ -123,8 +127,9 @@ def test_guidance_extrapolates_the_prediction(prediction_type, scale, variance, 
     model = DiffusionModel(network, schedule, prediction_type, variance)
     y, t = torch.tensor([1, 0, 0]), torch.tensor([0, 7, 19])
     x = torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
-    x_0, eps, fraction = model.predict(x, t, False, y, scale)
-    expected = (scale * torch.tensor([-0.1, 0.2, 0.2], dtype=torch.float64)).reshape(3, 1, 1, 1).expand_as(x)
-    torch.testing.assert_close(x_0, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
-    assert variance != "learned" or torch.equal(fraction[:, 0, 0, 0], y / 2.0)  # of the conditional prediction
+    line = (scale * torch.tensor([-0.1, 0.5, 0.5], dtype=torch.float64)).reshape(3, 1, 1, 1).expand_as(x)
+    for clip, expected in ((False, line), (True, line.clamp(-1, 1))):
+        x_0, eps, fraction = model.predict(x, t, clip, y, scale)
+        torch.testing.assert_close(x_0, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
+        assert variance != "learned" or torch.equal(fraction[:, 0, 0, 0], y / 2.0)  # of the conditional prediction

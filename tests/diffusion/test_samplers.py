@@ -30,7 +30,8 @@ def test_timestep_subsequence(num_timesteps, data):
     sequence = timestep_subsequence(num_timesteps, steps)
     assert len(sequence) == steps and sequence[0] == num_timesteps - 1
     assert all(a > b for a, b in itertools.pairwise(sequence))
-    assert steps == 1 or sequence[-1] == 0
+    spacing = (num_timesteps - 1) / max(steps - 1, 1)
+    assert all(abs(num_timesteps - 1 - k * spacing - t) <= 0.5 + 1e-9 for k, t in enumerate(sequence))  # the nearest
 
 
 @pytest.mark.parametrize("steps", [0, 11])
@@ -42,11 +43,14 @@ def test_timestep_subsequence_out_of_range(steps):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_point_mass_is_returned_exactly(schedule, x_T, variance, prediction_type):
-    c = torch.tensor([0.3, -0.9, 1.0], dtype=torch.float64).reshape(3, 1, 1, 1).expand_as(x_T)
+    """A value out of range is clipped at every step, the last too, if and only if that is asked for."""
+    c = torch.tensor([0.3, -0.9, 1.7], dtype=torch.float64).reshape(3, 1, 1, 1).expand_as(x_T)
     model = optimal_model(schedule, lambda x, _: c, variance, prediction_type)
     for steps, (name, options) in itertools.product((1, 2, 5, 7), CHOICES):
         timesteps = timestep_subsequence(schedule.num_timesteps, steps)
-        torch.testing.assert_close(sample(name, model, x_T, timesteps, **options), c, rtol=0, atol=1e-9)
+        for clip, expected in ((True, c.clamp(max=1)), (False, c)):
+            found = sample(name, model, x_T, timesteps, clip_denoised=clip, **options)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @given(st.integers(2, 300), st.data())

@@ -45,6 +45,17 @@ def test_metrics_of_known_sets(generator):
     assert narrow["precision_400"] > 0.9 and narrow["recall_400"] < 0.1
 
 
+def test_kid_and_its_spread_over_the_subsets(monkeypatch):
+    """Features of x^2 / 2 = 0 or 1 against 0: a subset of two has a KID of (1 + 1)^3 - 1 if both are 1, else of 0."""
+    monkeypatch.setattr(fid, "KID_SUBSET", 2)
+    pool = torch.zeros(12, 2)
+    pool[:6, 0] = 2**0.5
+    found = quality_metrics(pool, torch.eye(12), torch.zeros(12, 2))
+    mean = found["kid_12"]
+    assert mean == pytest.approx(7 * (6 * 5) / (12 * 11), abs=1)  # of 100 subsets that are drawn
+    assert found["kid_std_12"] == pytest.approx((mean * (7 - mean)) ** 0.5)
+
+
 def test_only_ten_thousand_samples_earn_the_plain_name(generator, monkeypatch):
     assert fid.MIN_SAMPLES == 10_000
     monkeypatch.setattr(fid, "MIN_SAMPLES", 40)

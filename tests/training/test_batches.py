@@ -19,7 +19,7 @@ def source(n=10, batch_size=4, flip=False, seed=0):
 
 
 def test_every_epoch_is_a_permutation():
-    stream = torch.cat([source().indices(step) for step in range(15)])  # 60 positions
+    stream = torch.cat([source(batch_size=3).indices(step) for step in range(20)])  # 60 positions
     epochs = [tuple(epoch) for epoch in stream.reshape(6, 10).tolist()]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({*epochs}) == 6
 
@@ -75,6 +75,14 @@ def test_timesteps_are_uniform(stratified):
     counts = torch.stack([torch.bincount(t, minlength=10) for t in draws]).double()
     assert counts.shape[1] == 10 and torch.allclose(counts.mean(0), torch.full((10,), 3.2).double(), atol=0.3)
     assert (counts.std(0).max() < 0.6) == stratified
+
+
+def test_the_recipe_chooses_how_time_steps_are_drawn(tmp_path):
+    for sampling, each_once in (("stratified", True), ("uniform", False)):
+        source = make(tmp_path, batch_size=20, timestep_sampling=sampling).source
+        inputs = source.inputs(0)
+        assert (sorted(inputs.t.tolist()) == [*range(20)]) == each_once and inputs.y is None
+        assert torch.equal(inputs.t, source.inputs(0).t)  # a function of (seed, step)
 
 
 def test_training_noise_is_normal(tmp_path):

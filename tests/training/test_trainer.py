@@ -1,5 +1,6 @@
 """The training loop: its randomness, its schedule, and that a stopped run goes on bit for bit."""
 
+import copy
 import math
 import os
 import signal
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers.configs import group
 from helpers.cuda import NEEDS_CUDA
-from helpers.training import CPU, DIFFUSION, MODEL, SMALL, Recorder, adam, make, sgd, weights
+from helpers.training import CPU, DIFFUSION, SMALL, Recorder, adam, make, sgd, weights
 
 from modeling.build import build_model
 from modeling.checkpoints.checkpoint import checkpoints, read_checkpoint
@@ -150,21 +151,65 @@ def test_grids_and_held_out_losses_are_those_of_the_average(tmp_path):
     assert recorder.rows[6]["held_out_loss"] == averaged_loss != plain_loss
 
 
-def test_first_step_is_the_definition(tmp_path):
-    """One SGD step, computed by hand from the functions of (seed, step) and autograd."""
-    trainer = make(tmp_path, optimizer=sgd(lr=0.1), steps=1)
-    reference = build_model(MODEL, DIFFUSION, (8, 8, 3), 2, seed=0).train()
-    x_0 = trainer.source.batches.batch(0)
-    generator = torch.Generator().manual_seed(step_seed(0, "noise", 0))
-    t = torch.randint(20, (4,), generator=generator)
-    noise = torch.randn(x_0.shape, generator=generator)
-    alpha_bar = reference.schedule.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)
-    torch.manual_seed(step_seed(0, "dropout", 0))
-    predicted = reference.network(alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise, t)
-    (predicted - noise).square().mean().backward()
+def drawn(stream, step):
+    return torch.Generator().manual_seed(step_seed(0, stream, step))
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "parts"),
+    [(None, {"dropout": slice(4)}), (3, {"dropout": slice(3), "dropout 3": slice(3, 4)})],
+)
+def test_steps_are_the_definition(tmp_path, micro_batch_size, parts):
+    """Weights, EMA and logged values of six SGD steps: in plain PyTorch, from the functions of (seed, step)."""
+    network = group("model", "tiny", **SMALL, dropout=0.5, class_conditional=True)
+    optimizer = sgd(lr=0.2, warmup_steps=3, lr_decay="linear", grad_clip=0.7)  # clips some of the steps
+    often = RARE | {"steps": 6, "log_every": 2, "evaluate_every": 3, "sample_every": 3, "ema_decay": 0.3}
+    recorder = Recorder()
+    options = {"label_dropout": 0.5, "random_flip": True, "micro_batch_size": micro_batch_size}
+    trainer = make(tmp_path, recorder, optimizer, network, **often, **options)
+    images, true_labels = trainer.source.batches.images, trainer.source.batches.all_labels
+    generator = torch.Generator().manual_seed(0)
+    # Its ends are zero, and hide the rest.
+    for parameter, averaged in zip(trainer.parameters, trainer.ema.model.parameters(), strict=True):
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        averaged.data.copy_(parameter)
+    reference = copy.deepcopy(trainer.model).train()
+    average = [p.detach().clone() for p in reference.parameters()]
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 20, dtype=torch.float64), 0)
+    order = torch.cat([torch.randperm(10, generator=drawn("order", epoch)) for epoch in range(3)])
+    losses, norms, rates = [], [], []
+    for step in range(6):
+        chosen = order[4 * step : 4 * step + 4]
+        x_0 = images[chosen] / 127.5 - 1
+        flipped = torch.rand(4, generator=drawn("flip", step)) < 0.5
+        x_0[flipped] = x_0[flipped].flip(3)
+        withheld = torch.rand(4, generator=drawn("label dropout", step)) < 0.5
+        y = true_labels[chosen].masked_fill(withheld, 2)
+        generator = drawn("noise", step)
+        t, noise = torch.randint(20, (4,), generator=generator), torch.randn(x_0.shape, generator=generator)
+        a = alphas_cumprod[t].float().reshape(4, 1, 1, 1)
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        loss = 0.0
+        for stream, rows in parts.items():
+            torch.manual_seed(step_seed(0, stream, step))
+            error = reference.network(x_t[rows], t[rows], y[rows]) - noise[rows]
+            loss = loss + error.square().sum() / noise.numel()
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        rate = 0.2 * min((step + 1) / 3, 1) * (1 - step / 6)
+        decay = min(0.3, (1 + step) / (10 + step))
+        for k, (parameter, gradient) in enumerate(zip(reference.parameters(), gradients, strict=True)):
+            parameter.data -= rate * min(1, 0.7 / norm) * gradient
+            average[k] = decay * average[k] + (1 - decay) * parameter.detach()
+        losses, norms, rates = [*losses, loss.item()], [*norms, norm], [*rates, rate]
     trainer.run()
-    for parameter, expected in zip(trainer.parameters, reference.parameters(), strict=True):
-        assert torch.allclose(parameter, expected - 0.1 * expected.grad, atol=1e-6)
+    expected = torch.cat([p.detach().flatten() for p in (*reference.parameters(), *average)])
+    torch.testing.assert_close(weights(trainer), expected, rtol=0, atol=1e-6)
+    for step in (2, 4, 6):
+        row = recorder.rows[step]
+        assert row["loss"] == pytest.approx((losses[step - 2] + losses[step - 1]) / 2, rel=1e-5)
+        assert row["grad_norm"] == pytest.approx((norms[step - 2] + norms[step - 1]) / 2, rel=1e-5)
+        assert row["lr"] == pytest.approx(rates[step - 1])
 
 
 V = {"prediction_type": "v_prediction"}
