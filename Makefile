@@ -11,7 +11,7 @@ demo: repository .venv/.installed
 	@git config user.email > /dev/null || { \
 	  export GIT_AUTHOR_NAME=demo GIT_AUTHOR_EMAIL=demo@localhost; \
 	  export GIT_COMMITTER_NAME=demo GIT_COMMITTER_EMAIL=demo@localhost; }; \
-	  dvc exp run -S experiment=demo
+	  echo "(at first DVC warns of outputs that are not there yet)"; dvc exp run -S experiment=demo
 	@echo
 	@echo "report:   reports/report.html, open it in a browser"
 	@echo "samples:  reports/samples.png"
