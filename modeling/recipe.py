@@ -61,7 +61,7 @@ def closest(config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     recipes = [[], *([f"experiment={path.stem}"] for path in sorted((CONF / "experiment").glob("*.yaml")))]
     found = [_with_choices(recipe, config) for recipe in recipes]
     # A key too many cannot be taken away by an override.
-    return min(found, key=lambda each: (len(each[1].keys() - config.keys()), len(differences(config, each[1]))))
+    return min(found, key=lambda each: (not each[1].keys() <= config.keys(), len(differences(config, each[1]))))
 
 
 def _with_choices(recipe: list[str], config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:

@@ -47,11 +47,12 @@ def test_one_training_goes_on_from_one_way_of_running_to_the_next(tmp_path):
         return done.stdout + done.stderr
 
     assert "going on" not in interrupt(plain, signal.SIGKILL)
-    second = interrupt(["dvc", "exp", "run", *sets, "train"], signal.SIGTERM)
-    assert "going on after step" in second and "exited with 75" in second and "the same dvc command" in second
-    orphan = interrupt(["dvc", "exp", "run", "--temp", *sets, "train"], signal.SIGTERM, lambda pid: pid)
+    orphan = interrupt(["dvc", "exp", "run", *sets, "train"], signal.SIGTERM, lambda pid: pid)
     assert "going on after step" in orphan and "DVC has ended: this stage stops too" in orphan
     assert "all work is saved; to go on: the same dvc command" in orphan
+    subprocess.run(["git", "switch", "-q", "master"], cwd=repository, env=env, check=True)  # DVC has detached HEAD
+    third = interrupt(["dvc", "exp", "run", "--temp", *sets, "train"], signal.SIGTERM)
+    assert "going on after step" in third and "exited with 75" in third and "the same dvc command" in third
     dvc("exp", "run", "--queue", "-n", "last", *sets, "train")
     dvc("queue", "start")
     end = time.monotonic() + 300
