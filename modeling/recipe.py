@@ -36,7 +36,8 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 def composed(*overrides: str) -> dict[str, Any]:
     """What conf/ composes to, flat; with no override: the defaults."""
     with _conf():
-        return flat(OmegaConf.to_container(compose("config", list(overrides)), resolve=False))  # type: ignore[arg-type]
+        values = OmegaConf.to_container(compose("config", list(overrides)), resolve=False)
+        return flat(values)  # type: ignore[arg-type]  # a mapping
 
 
 @contextmanager

@@ -1,1 +1,15 @@
 """Tools on the command line that are no stages: python -m modeling.commands.<name> --help."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from modeling.reliability.errors import UserError
+
+
+def call(run: Callable[[Sequence[str]], None]) -> None:
+    """Runs a tool with what was typed; an error for the user is one line and its exit code."""
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

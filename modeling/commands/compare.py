@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modeling.commands import call
 from modeling.pages.html import MOST_BYTES, pictures, plot, render
 from modeling.pages.numbers import is_fid, label, with_error
 from modeling.pages.results import Read, Results, folder_reader, thinned
@@ -245,11 +246,7 @@ def reader(row: Experiment) -> Read:
 
 
 def main() -> None:
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    call(run)
 
 
 if __name__ == "__main__":

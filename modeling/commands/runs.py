@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from modeling.checkpoints.checkpoint import checkpoints, step_of
 from modeling.checkpoints.run_folder import read_notes
+from modeling.commands import call
 from modeling.reliability.errors import UserError
 from modeling.reliability.files import locked, state_root
 from modeling.reliability.terminal import duration
@@ -128,11 +129,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    call(run)
 
 
 if __name__ == "__main__":

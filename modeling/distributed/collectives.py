@@ -97,8 +97,7 @@ def connect() -> tuple[Any, int, int]:
             store.set(views[index], b" ".join(seen))
             if store.check(views) and {*store.multi_get(views)} == {b" ".join(seen)}:
                 # Public, but torch's __init__ does not re-export it.
-                # PrefixStore is public, but torch's __init__ does not re-export it.
-                return dist.PrefixStore(seen[0].decode(), store), index, size  # type: ignore[attr-defined]
+                return dist.PrefixStore(seen[0].decode(), store), index, size  # type: ignore[attr-defined]  # see above
         time.sleep(0.02)
     raise RuntimeError("the other processes do not come")
 

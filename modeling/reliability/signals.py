@@ -85,7 +85,7 @@ def _stop_without_dvc() -> None:
     """Asks this process to stop once DVC has ended, which leaves its stages running."""
     import psutil  # here, since only a run under DVC needs it
 
-    with suppress(psutil.Error):
+    with suppress(psutil.Error, StopIteration):  # in a container, a shell may be all that is above
         dvc = next(p for p in psutil.Process().parents() if p.name() not in SHELLS)
         with suppress(psutil.NoSuchProcess):
             while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:

@@ -27,7 +27,7 @@ def keep_streams() -> None:
         pass
     os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # until the process ends
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115  # likewise
 
 
 class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers only
