@@ -6,7 +6,7 @@ of its own. Imports no torch, so that main.py starts fast.
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,16 @@ BETA_MIN = 1e-8  # below it, the first step would add no noise that a float coul
 STAGES = ("all", "check", "validate", "prepare", "train", "sample", "evaluate", "report", "export")
 
 
-def _key(holds: Callable[[Any], bool] = lambda _: True, allowed: str = "", affects: str = "weights") -> Any:
+def _key(
+    holds: Callable[[Any], bool] = lambda _: True, allowed: str = "", affects: str = "weights", before: Any = MISSING
+) -> Any:
     """A key with a range: whether a value `holds`, and what is `allowed`, for the message.
 
+    `before` is the value of model files that are older than the key.
     It affects "weights" (then it is part of a run's fingerprint), "outputs" (what else a run publishes) or "nothing"
     (but speed, memory and safety).
     """
-    return field(metadata={"holds": holds, "allowed": allowed, "affects": affects})
+    return field(default=before, metadata={"holds": holds, "allowed": allowed, "affects": affects})
 
 
 _positive = partial(_key, lambda v: v > 0, "must be greater than 0")
@@ -80,6 +83,7 @@ class FolderConfig(DataConfig):
 @dataclass(kw_only=True)
 class ModelConfig(Group):
     name: str = _key(affects="nothing")
+    patch_size: int = _positive(before=1)
     model_channels: int = _key(lambda v: v >= 4 and v % 2 == 0, "must be even")
     channel_mult: list[int] = _key(lambda v: len(v) > 0 and min(v) > 0, "must be positive")
     num_res_blocks: int = _positive()
@@ -87,6 +91,7 @@ class ModelConfig(Group):
     num_heads: int = _positive()
     dropout: float = _fraction()
     norm_groups: int = _positive()
+    scale_shift: bool = _key(before=False)
     class_conditional: bool
     weights: str | None = _key(affects="nothing")
 
@@ -148,6 +153,11 @@ class AdamConfig(OptimizerConfig):
 @dataclass(kw_only=True)
 class AdamWConfig(AdamConfig):
     weight_decay: float = _not_negative()
+
+
+@dataclass(kw_only=True)
+class MuonConfig(AdamConfig):
+    momentum: float = _fraction()
 
 
 @dataclass(kw_only=True)
@@ -217,6 +227,7 @@ def _steps_fit(steps: int, key: str, config: "Config") -> tuple[bool, str, str]:
 @dataclass(kw_only=True)
 class EvaluationConfig(Group):
     batch_size: int = _positive()
+    num_samples: int = _key(lambda v: v >= 4, "must be at least 4")
     bpd_images: int | None = _at_least(2, "for all")
     bpd_timesteps: int | None = _at_least(1, "for all")
     fid_samples: int | None = _at_least(10, "to leave FID out")
@@ -285,7 +296,15 @@ GROUPS = {
         "schedule",
         {"linear": LinearConfig, "cosine": DiffusionConfig, "sigmoid": SigmoidConfig, "tabulated": TabulatedConfig},
     ),
-    "optimizer": Schema(OptimizerConfig, choices={"adam": AdamConfig, "adamw": AdamWConfig, "sgd": SGDConfig}),
+    "optimizer": Schema(
+        OptimizerConfig,
+        choices={
+            "adam": AdamConfig,
+            "adamw": AdamWConfig,
+            "muon": MuonConfig,
+            "sgd": SGDConfig,
+        },
+    ),
     "trainer": Schema(TrainerConfig),
     "sampler": Schema(SamplerConfig, choices={"ddpm": SamplerConfig, "ddim": DDIMConfig, "dpm_solver": SamplerConfig}),
     "evaluation": Schema(EvaluationConfig),

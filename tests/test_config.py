@@ -39,7 +39,7 @@ def test_choices_get_their_own_keys():
 
 
 BAD = {
-    "+optimizer.momentum=0.9": "optimizer.momentum: a key of optimizer=sgd only",
+    "+optimizer.momentum=0.9": "optimizer.momentum: a key of optimizer=muon and optimizer=sgd only",
     "+sampler.eta=0.5": "sampler.eta: a key of sampler=ddim only",
     "+trainer.speed=9": "trainer.speed: no such key; allowed are steps, batch_size",
     "+optimizer.speed=9": "optimizer.speed: no such key; allowed are name, lr, warmup_steps",

@@ -32,14 +32,18 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 class ResBlock(nn.Module):
     """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input; then optional attention.
 
+    With `scale_shift` the embedding scales and shifts what the second norm returns, in place of the addition before it.
     Maps x [N, c_in, H, W] and the embedding after its SiLU, [N, c_emb], to [N, c_out, H, W]. `heads` = 0: no attention.
     """
 
-    def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int, dropout: float, heads: int) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, c_emb: int, groups: int, dropout: float, heads: int, scale_shift: bool
+    ) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, c_in, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_proj = nn.Linear(c_emb, c_out)
+        self.time_proj = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=NORM_EPS)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
@@ -48,8 +52,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_proj(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        projected = self.time_proj(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = projected.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + projected)
+        h = self.conv2(self.dropout(F.silu(h)))
         out: Tensor = self.attention(self.shortcut(x) + h)
         return out
 
@@ -103,14 +112,16 @@ class UNet(nn.Module):
     """Maps noisy images [N, C, H, W], time steps [N] and, with classes, labels [N] to predictions [N, C_out, H, W].
 
     Args:
-        image_size: height and width of the images in pixels; divisible by 2 ** (len(channel_mult) - 1).
-        model_channels: channels at full resolution; a multiple of `norm_groups`.
+        image_size: height and width of the images in pixels; divisible by patch_size * 2 ** (len(channel_mult) - 1).
+        patch_size: the network sees each square of so many pixels as one, with all their values as channels.
+        model_channels: channels at the first resolution; a multiple of `norm_groups`.
         channel_mult: channels at each resolution as a multiple of `model_channels`; one entry a resolution.
         num_res_blocks: residual blocks a resolution on the way down (one more on the way up).
         attention_resolutions: heights in pixels at which every residual block is followed by self-attention.
         num_heads: of the attention; divides the channels there.
         out_channels: of the prediction; by default those of the images.
         num_classes: 0: unconditional; else the label `num_classes` means "no label".
+        scale_shift: the time embedding scales and shifts (adaptive group normalisation, Dhariwal and Nichol 2021).
     """
 
     def __init__(
@@ -126,20 +137,23 @@ class UNet(nn.Module):
         norm_groups: int = 32,
         out_channels: int | None = None,
         num_classes: int = 0,
+        patch_size: int = 1,
+        scale_shift: bool = False,
     ) -> None:
         super().__init__()
         self.model_channels = model_channels
         self.num_classes = num_classes
+        self.patch_size = patch_size
         c_emb = 4 * model_channels
         self.time_mlp = nn.Sequential(nn.Linear(model_channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         if num_classes:
             self.class_embedding = nn.Embedding(num_classes + 1, c_emb)
-        self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, model_channels, 3, padding=1)
 
         def block(c_in: int, c_out: int, attend: bool) -> ResBlock:
-            return ResBlock(c_in, c_out, c_emb, norm_groups, dropout, num_heads if attend else 0)
+            return ResBlock(c_in, c_out, c_emb, norm_groups, dropout, num_heads if attend else 0, scale_shift)
 
-        channels, size = model_channels, image_size
+        channels, size = model_channels, image_size // patch_size
         skips = [channels]
         self.down = nn.ModuleList()
         for level, mult in enumerate(channel_mult):
@@ -165,7 +179,7 @@ class UNet(nn.Module):
                 size *= 2
 
         self.norm_out = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(channels, out_channels or in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, (out_channels or in_channels) * patch_size**2, 3, padding=1)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -194,7 +208,7 @@ class UNet(nn.Module):
             assert y is not None, "a class-conditional network needs labels"
             emb = emb + self.class_embedding(y)
         emb = F.silu(emb)
-        h = self.conv_in(x)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [h]
         for layer in self.down:
             h = layer(h, emb)
@@ -203,5 +217,4 @@ class UNet(nn.Module):
             h = layer(h, emb)
         for layer in self.up:
             h = layer(h if isinstance(layer, Upsample) else torch.cat([h, skips.pop()], dim=1), emb)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return out
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)

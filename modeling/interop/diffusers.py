@@ -36,8 +36,6 @@ FIXED: dict[str, tuple[Any, Any]] = {
     "upsample_type": ("conv", "conv"),
     "act_fn": ("silu", "silu"),
     "norm_eps": (NORM_EPS, 1e-5),
-    "attn_norm_num_groups": (None, None),
-    "resnet_time_scale_shift": ("default", "default"),
     "add_attention": (True, True),
     "class_embed_type": (None, None),
     "num_class_embeds": (None, None),
@@ -46,7 +44,16 @@ FIXED: dict[str, tuple[Any, Any]] = {
 HARMLESS = {"dynamic_thresholding_ratio", "sample_max_value", "timestep_spacing", "steps_offset", "set_alpha_to_one"}
 HARMLESS |= {"skip_prk_steps", "out_channels", "time_embedding_dim"}  # the last two the weights themselves show
 READ = {"sample_size", "in_channels", "block_out_channels", "down_block_types", "up_block_types", "attention_head_dim"}
-READ |= {"prediction_type", "variance_type", "trained_betas", "beta_schedule", "beta_start", "beta_end"}
+READ |= {
+    "resnet_time_scale_shift",
+    "attn_norm_num_groups",
+    "prediction_type",
+    "variance_type",
+    "trained_betas",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+}
 READ |= {"num_train_timesteps", "rescale_betas_zero_snr", "thresholding", "clip_sample", "clip_sample_range"}
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # the same formulas; its "sigmoid" is another
 VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
@@ -72,6 +79,11 @@ def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], l
     for key, (needed, default) in FIXED.items():
         if c.get(key, default) != needed:
             raise UserError(f"{folder}: {key}={c.get(key, default)} in config.json; only {needed} can be read")
+    if (shift := c.get("resnet_time_scale_shift", "default")) not in ("default", "scale_shift"):
+        raise UserError(f"{folder}: resnet_time_scale_shift={str(shift)[:40]} in config.json cannot be read")
+    groups = c.get("norm_num_groups", KEYS["norm_groups"][1])
+    if c.get("attn_norm_num_groups") != _middle_groups(groups, shift):  # the middle's attention has no norm, or another
+        raise UserError(f"{folder}: attn_norm_num_groups={str(c.get('attn_norm_num_groups'))[:40]} cannot be read")
     try:
         size, widths, kinds = c["sample_size"], c["block_out_channels"], c["down_block_types"]
         height, width = size if isinstance(size, list) else (size, size)
@@ -88,16 +100,23 @@ def _model_config(c: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], l
             raise UserError(f"{folder}: attention_head_dim={head_dim} gives each resolution another number of heads")
         return {
             "name": "diffusers",
+            "patch_size": 1,
             "model_channels": widths[0],
             "channel_mult": [w // widths[0] for w in widths],
             "attention_resolutions": [height >> level for level, attend in enumerate(attends) if attend],
             "num_heads": heads.pop(),
+            "scale_shift": shift == "scale_shift",
             "class_conditional": False,
             "weights": None,
             **{ours: c.get(theirs, default) for ours, (theirs, default) in KEYS.items()},
         }, [height, width, c["in_channels"]]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: config.json is not of a UNet2DModel that can be read ({error!r})") from None
+
+
+def _middle_groups(groups: Any, shift: str) -> Any:
+    """What diffusers is told about the norm of the middle's attention; without a word it has one by default only."""
+    return groups if shift == "scale_shift" else None
 
 
 def _know(c: Mapping[str, Any], name: str, folder: Path) -> None:
@@ -172,6 +191,8 @@ def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, m
     height, width, channels = meta["image_shape"]
     if m.get("class_conditional"):
         raise ConfigError("stage=export: the model is class-conditional, and DDPMPipeline knows no labels")
+    if (patch := m.get("patch_size", 1)) != 1:
+        raise ConfigError(f"stage=export: model.patch_size={patch}: a network of diffusers sees single pixels")
     if m["channel_mult"][0] != 1:
         first = f"model.channel_mult={m['channel_mult']}"
         raise ConfigError(f"stage=export: {first}: a network of diffusers has model_channels at the first resolution")
@@ -180,6 +201,7 @@ def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, m
     head_dims = {w // m["num_heads"] for w in _attended(widths, attends)}
     if m["num_heads"] > 1 and len(head_dims) > 1:
         raise ConfigError(f"stage=export: {m['num_heads']} heads at attended resolutions of different widths")
+    shift = "scale_shift" if m.get("scale_shift") else "default"
     kinds = ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends]
     network = {
         "sample_size": height if height == width else [height, width],
@@ -189,6 +211,8 @@ def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, m
         "down_block_types": kinds,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
         "attention_head_dim": None if m["num_heads"] == 1 else head_dims.pop(),
+        "resnet_time_scale_shift": shift,
+        "attn_norm_num_groups": _middle_groups(m["norm_groups"], shift),
         **{theirs: m[ours] for ours, (theirs, _) in KEYS.items()},
         **{key: needed for key, (needed, _) in FIXED.items()},
     }

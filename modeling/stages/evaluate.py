@@ -13,8 +13,10 @@ from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import from_first, is_first
 from modeling.evaluation import fid
 from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
+from modeling.evaluation.distance import packet_sums, wavelet_distance
 from modeling.evaluation.fid import Inception
 from modeling.evaluation.nearest import Neighbours, nearest_images
+from modeling.evaluation.recognition import kept_classifier, recognised
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import sample_grid, save_png
 from modeling.inference.samples import DenoisingStrip
@@ -57,8 +59,12 @@ def run(config: Config, out: Path) -> None:
     model = place_trained(model, config.sampler, compute)
     inception = _inception(config, compute)
     report = _likelihood(config, model, data.test, compute) | {"made_on": compute.describe()}
-    strip = DenoisingStrip(model.schedule.num_timesteps, config.sampler, *STRIP)
-    images = torch.cat([*configured_samples(config, model, meta, config.sampler.num_samples, compute, strip)])
+    shown, frames = STRIP
+    shown = min(shown, config.sampler.num_samples)
+    strip = DenoisingStrip(model.schedule.num_timesteps, config.sampler, shown, frames)
+    count = max(config.sampler.num_samples, config.evaluation.num_samples)
+    drawn = torch.cat([*configured_samples(config, model, meta, count, compute, strip)])
+    images = drawn[: config.sampler.num_samples]
     if not from_first(lambda: strip.complete):  # the first samples were kept by an earlier evaluation
         draw_configured(config, model, meta, range(min(strip.count, len(images))), compute, strip)
     if isinstance(inception, str):
@@ -67,6 +73,7 @@ def run(config: Config, out: Path) -> None:
         report["quality"] = _quality(config, inception, model, meta, data, compute)
     if not is_first():
         return
+    report |= _beside_data(config, model, meta, drawn[: config.evaluation.num_samples], data, compute)
     found, held_out = _nearest(images, data, meta)
     report |= {"nearest_rms": found.rms[:, 0].mean().item(), "nearest_rms_of_test_images": held_out.rms.mean().item()}
     _save_pictures(target, images, found, strip, config, model, meta)
@@ -89,10 +96,48 @@ def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, com
     return report
 
 
+def _beside_data(
+    config: Config, model: DiffusionModel, meta: dict[str, Any], images: Tensor, data: Prepared, compute: Compute
+) -> dict[str, Any]:
+    """How far the samples are from the training images and, with classes, how many are recognised.
+
+    Beside each number the same of test images, which no model can be expected to beat.
+    """
+    train, test = data.train, data.test.first(len(images))
+    reference = packet_sums(train.images).normal()
+    distance, error = wavelet_distance(images, reference)
+    floor, _ = wavelet_distance(test.images, reference)
+    report: dict[str, Any] = {"wavelet_distance": distance, "wavelet_distance_stderr": error}
+    report |= {"wavelet_distance_of_test_images": floor, "wavelet_distance_samples": len(images)}
+    log.info("wavelet distance %.4g +- %.2g, of as many test images %.4g", distance, error, floor)
+    if not model.num_classes:
+        return report
+    folder, classes = state_root() / "runs" / "reference", len(meta["classes"])
+    network = kept_classifier(train, data.sha256["train"], classes, _mirrors(meta), compute, folder)
+    labels = torch.arange(len(images)) % classes
+    if config.sampler.label is not None:
+        labels = torch.full_like(labels, meta["classes"].index(config.sampler.label))
+    right = recognised(network, images, labels, compute)
+    report["recognised"] = right.mean().item()
+    report["recognised_stderr"] = right.std().item() / math.sqrt(len(right))
+    report["recognised_by_class"] = {
+        name: right[labels == k].mean().item() for k, name in enumerate(meta["classes"]) if bool((labels == k).any())
+    }
+    report["recognised_of_test_images"] = recognised(network, *data.test, compute).mean().item()
+    of = report["recognised"], report["recognised_stderr"], report["recognised_of_test_images"]
+    log.info("%.1f +- %.1f %% recognised, of test images %.1f %%", *(100 * share for share in of))
+    return report
+
+
+def _mirrors(meta: dict[str, Any]) -> bool:
+    """Whether the model was trained on mirror images too."""
+    return bool(meta["config"].get("trainer", {}).get("random_flip", False))
+
+
 def _nearest(images: Tensor, data: Prepared, meta: dict[str, Any]) -> tuple[Neighbours, Neighbours]:
     """The training images nearest to samples, and the one nearest to each of as many test images."""
     train = data.train.images
-    mirror = bool(meta["config"].get("trainer", {}).get("random_flip", False))
+    mirror = _mirrors(meta)
     found = nearest_images(images, train, min(NEAREST[1], len(train)), mirror)
     return found, nearest_images(data.test.images[: len(images)], train, 1, mirror)
 
@@ -102,6 +147,7 @@ def _metrics(report: dict[str, Any]) -> dict[str, float]:
     quality = report["quality"]
     names = {"loss": "held_out_loss", "bits_per_dim": "bits_per_dim", "bits_per_dim_stderr": "bits_per_dim_stderr"}
     fids = {key: value for key, value in quality.items() if key.startswith("fid")}
+    names |= {key: key for key in ("wavelet_distance", "wavelet_distance_stderr", "recognised") if key in report}
     return {name: report[key] for key, name in names.items()} | fids
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from modeling.settings import OptimizerConfig, own_keys
+from modeling.training.muon import Muon
 
 # By the name in the configuration; an optimizer's own keys are its keywords.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),
     "adamw": partial(torch.optim.AdamW, fused=True),
+    "muon": partial(Muon, fused=True),
     "sgd": partial(torch.optim.SGD, fused=True),
 }
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from modeling.diffusion.unet import UNet, timestep_embedding
 
@@ -62,17 +63,42 @@ def test_any_size_and_channel_count(channels, size):
     assert net(torch.zeros(2, channels, size, size), torch.zeros(2)).shape == (2, channels, size, size)
 
 
+def test_patches_are_channels(generator):
+    """A network of patches is that of the patches' values as channels, and its output their pixels again."""
+    torch.manual_seed(0)
+    net = perturbed(patch_size=2, attention_resolutions=(4,), out_channels=6)
+    plain = UNet(4, 12, out_channels=24, attention_resolutions=(4,), **TINY).eval()
+    plain.load_state_dict(net.state_dict())
+    x, t = torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([3, 50])
+    squares = torch.stack([x[:, c, i::2, j::2] for c in range(3) for i in range(2) for j in range(2)], dim=1)
+    out = torch.zeros(2, 6, 8, 8)
+    for k, square in enumerate(plain(squares, t).unbind(1)):
+        out[:, k // 4, k % 4 // 2 :: 2, k % 2 :: 2] = square
+    torch.testing.assert_close(net(x, t), out)
+
+
+def test_the_embedding_scales_and_shifts(generator):
+    """Every block is norm, SiLU, conv; norm, scaled and shifted, SiLU, conv; plus the input."""
+    block = perturbed(scale_shift=True).down[0]
+    x, emb = torch.randn(2, 32, 8, 8, generator=generator), torch.randn(2, 128, generator=generator)
+    scale, shift = block.time_proj(emb)[..., None, None].split(32, dim=1)
+    h = block.norm2(block.conv1(silu(block.norm1(x)))) * (1 + scale) + shift
+    torch.testing.assert_close(block(x, emb), x + block.conv2(silu(h)))
+
+
 def test_gradients_reach_every_parameter(generator):
     net = perturbed(attention_resolutions=(8, 4)).train()
     net(torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([1, 2])).square().mean().backward()
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"num_heads": 2, "num_classes": 5, "out_channels": 6}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_heads": 2, "num_classes": 5, "out_channels": 6, "patch_size": 2, "scale_shift": True}]
+)
 def test_what_runs_where_there_is_no_cpu(options):
     """On a device without memory: the branches for CUDA, and that none of them makes a tensor on the CPU."""
     with torch.device("meta"):
-        net = UNet(8, attention_resolutions=(8, 4), **(TINY | {"dropout": 0.1}), **options).train()
+        net = UNet(8, attention_resolutions=(4, 2), **(TINY | {"dropout": 0.1}), **options).train()
         x, t = torch.empty(2, 3, 8, 8, requires_grad=True), torch.empty(2, dtype=torch.int64)
         labels = [torch.empty(2, dtype=torch.int64)] if "num_classes" in options else []
     out = net(x, t, *labels)

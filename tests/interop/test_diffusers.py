@@ -77,6 +77,8 @@ EDITS = {
     "beta_schedule": ("scheduler/scheduler_config.json", "scaled_linear"),
     "block_out_channels": ("unet/config.json", [8, 12]),
     "snr_shift_scale": ("scheduler/scheduler_config.json", 3.0),
+    "resnet_time_scale_shift": ("unet/config.json", "spatial"),
+    "attn_norm_num_groups": ("unet/config.json", 2),
     "resnet_skip": ("unet/config.json", True),
     "does not divide": ("unet/config.json", {"attention_head_dim": 3}),
     "clip_sample_range": ("scheduler/scheduler_config.json", 2),
@@ -124,6 +126,7 @@ def test_the_flat_layout_of_the_first_published_models_is_read(tmp_path):
     [
         ({"class_conditional": True}, "class-conditional"),
         ({"num_heads": 2}, "2 heads"),
+        ({"patch_size": 2, "attention_resolutions": [4]}, "model.patch_size=2: a network of diffusers sees single"),
         ({"channel_mult": [2, 2]}, r"model.channel_mult=\[2, 2\]: a network of diffusers has"),
     ],
 )
@@ -144,6 +147,7 @@ def test_any_network_is_exported_so_that_diffusers_computes_the_same_or_is_refus
         "attention_resolutions": [8 >> level for level in range(levels) if draw(st.booleans())],
         "num_heads": draw(st.sampled_from([1, 2, 4])),
         "norm_groups": draw(st.sampled_from([2, 4])),
+        "scale_shift": draw(st.booleans()),
     }
     model = group("model", "tiny", **changes)
     try:

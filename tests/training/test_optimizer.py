@@ -33,3 +33,26 @@ def test_learning_rate():
     assert learning_rate(adam(warmup_steps=0, lr_decay="linear"), 4, 10) == pytest.approx(6e-4)
     cosine = [learning_rate(adam(warmup_steps=0, lr_decay="cosine"), step, 9) for step in (0, 3, 9)]
     assert cosine == pytest.approx([1e-3, 0.5e-3 * (1 + math.cos(math.pi / 3)), 0])
+
+
+def test_muon_is_pytorchs_for_matrices_and_adam_for_the_rest(generator):
+    """Kernels count as matrices; several of one shape; a parameter without a gradient stays."""
+    shapes = [(6, 4), (4, 6), (4, 2, 3, 3), (4, 2, 3, 3), (5,), (3, 3)]
+    ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().flatten(1) if p.ndim > 1 else p.detach().clone()) for p in ours]
+    theirs = [nn.Parameter(p.detach().clone()) for p in theirs]
+    optimizer = build_optimizer(group("optimizer", "muon", lr=0.1, momentum=0.9), ours)
+    matrices = [p for p in theirs if p.ndim > 1]
+    peers = [
+        torch.optim.Muon(matrices, 0.1, momentum=0.9, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Adam([theirs[4]], 0.1, betas=(0.9, 0.99)),
+    ]
+    for _ in range(3):
+        for p, q in list(zip(ours, theirs, strict=True))[:-1]:
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.view_as(q)
+        for each in (optimizer, *peers):
+            each.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p.view_as(q), q, rtol=1e-2, atol=1e-2)  # bf16
+    assert [len(g["params"]) for g in optimizer.param_groups] == [5, 1]

@@ -1,0 +1,65 @@
+"""Muon: momentum whose step for a matrix is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+torch.optim.Muon takes matrices alone. Here a convolution's kernel counts as the matrix of its output channels by all
+the rest, matrices of one shape share their products, and everything with fewer dimensions is Adam's. A step is scaled
+as long as one of Adam's usually is (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so one learning rate fits both.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration, and how often: as Jordan et al. have tuned them
+ITERATIONS = 5
+ADAMS_LENGTH = 0.2  # the usual root mean square of an update of Adam, in learning rates
+
+
+class Muon(torch.optim.Adam):
+    """Orthogonal steps for parameters of two or more dimensions, Adam's for the others."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float, **adam: Any) -> None:
+        parameters = list(parameters)
+        matrices: dict[str, Any] = {"params": [p for p in parameters if p.ndim > 1], "momentum": momentum}
+        super().__init__([matrices, {"params": [p for p in parameters if p.ndim < 2]}], lr, **adam)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Takes one step; `closure` is not used."""
+        matrices, others = groups = self.param_groups
+        self.param_groups = [others]  # for Adam there is nothing else
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        updates = defaultdict(list)
+        for p in matrices["params"]:
+            if p.grad is not None:
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - matrices["momentum"])
+                update = p.grad.lerp(mean, matrices["momentum"]).flatten(1)  # one step ahead, as Nesterov's
+                updates[update.shape].append((p, update))
+        for shape, pairs in updates.items():
+            length = matrices["lr"] * ADAMS_LENGTH * math.sqrt(max(shape))
+            for (p, _), update in zip(pairs, orthogonal(torch.stack([u for _, u in pairs])), strict=True):
+                p.add_(update.view_as(p), alpha=-length)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T of each of the matrices U S V^T [N, rows, columns], in bf16: singular values from 0.7 to 1.2.
+
+    By the Newton-Schulz iteration, which needs nothing but products of matrices.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    found: Tensor = x.mT if tall else x
+    return found
