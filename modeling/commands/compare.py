@@ -22,8 +22,9 @@ from modeling.reliability.files import write_atomic
 
 WIDTH = 100  # columns where there is no terminal
 LINES = 2  # of the parameters of an experiment, in a quarter of the width
-MORE_IS_BETTER = ("images", "images_per_second")
-MOST_FIDS = 2  # columns; with the others there are ten at most
+MORE_IS_BETTER = ("recognised", "images", "images_per_second")
+USUAL = ("wavelet_distance", "bits_per_dim", "held_out_loss")  # of these the first that all have ranks, after FID
+MOST_FIDS, MOST_METRICS = 2, 6  # columns; with the others there are ten at most
 MOST_POINTS = 500  # of a curve
 FOR_MARKUP = 400_000  # bytes of a page for its own words, its table and what JSON in HTML needs more
 PLOTS = {"loss": "Training loss", "held_out_loss": "Held-out loss (EMA)", "grad_norm": "Norm of the gradient"}
@@ -50,7 +51,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", help="experiments to compare; all of this commit unless you name some")
     parser.add_argument(
-        "--sort-by", metavar="NAME", help="a metric, such as held_out_loss; otherwise FID or bits_per_dim"
+        "--sort-by", metavar="NAME", help="a metric, such as held_out_loss; otherwise FID or the wavelet distance"
     )
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with curves and samples too")
     parser.add_argument("-A", "--all-commits", action="store_true", help="the experiments of all commits")
@@ -119,13 +120,13 @@ def _row(state: Mapping[str, Any], executor: Mapping[str, Any] | None, is_experi
 def rank(rows: Sequence[Experiment], sort_by: str | None) -> str:
     """Numbers the rows by a metric, and returns its name, "" if there is none; equal values share a number.
 
-    Unless it is given, it is the FID if all that have metrics have it, else bits_per_dim, else held_out_loss.
+    Unless it is given, it is the FID if all that have metrics have it, else the first of USUAL that all have.
     """
     known = list(dict.fromkeys(key for row in rows for key in row.metrics))
     if sort_by is not None and sort_by not in known:
         raise UserError(f"--sort-by {sort_by}: allowed are {', '.join(known) or 'none yet, as nothing has metrics'}")
     measured = [row.metrics for row in rows if row.metrics]
-    usual = [*filter(is_fid, known), "bits_per_dim", "held_out_loss"]
+    usual = [*filter(is_fid, known), *USUAL]
     common = [key for key in usual if key in known and all(key in metrics for metrics in measured)]
     metric = sort_by or next(iter([*common, *(key for key in reversed(usual) if key in known), *known]), "")
     values = sorted((row.metrics[metric] for row in rows if metric in row.metrics), reverse=metric in MORE_IS_BETTER)
@@ -165,10 +166,8 @@ def table(rows: Sequence[Experiment], width: int) -> tuple[list[str], list[list[
     """Headings and cells; at most ten columns, the last of them the parameters in `width` characters at most."""
     known = dict.fromkeys(key for row in rows for key in row.metrics)
     fids = [*filter(is_fid, known)][:MOST_FIDS]
-    metrics = [
-        *fids,
-        *(key for key in ("bits_per_dim", "held_out_loss", "images", "images_per_second") if key in known),
-    ]
+    others = (*USUAL, "recognised", "images", "images_per_second")
+    metrics = [*fids, *(key for key in others if key in known)][:MOST_METRICS]
     cells = []
     for row, differs in zip(rows, differences(rows), strict=True):
         numbers = [with_error(row.metrics, key) if key in row.metrics else "" for key in metrics]

@@ -14,6 +14,10 @@ SOURCE = (
 )
 FORMATS = {
     "fid": "{:.2f}",
+    "wavelet_distance": "{:.4f}",
+    "wavelet_distance_stderr": "{:.4f}",
+    "recognised": "{:.1%}",
+    "recognised_stderr": "{:.1%}",
     "bits_per_dim": "{:.3f}",
     "bits_per_dim_stderr": "{:.3f}",
     "held_out_loss": "{:.5f}",
@@ -24,6 +28,7 @@ FORMATS = {
 }
 NAMES = {
     "bits_per_dim": "bits/dim",
+    "wavelet_distance": "wavelet distance",
     "held_out_loss": "loss",
     "images": "images",
     "images_per_second": "images/s",
@@ -72,17 +77,26 @@ def headlines(data: str, results: Results) -> list[Headline]:
 
 
 def _quality(data: str, results: Results) -> Iterator[Headline]:
-    published = {"fid": "3.17"} if data == PUBLISHED_ON else {}
+    published, found = {"fid": "3.17"} if data == PUBLISHED_ON else {}, results.evaluation
     for metric in filter(is_fid, results.metrics):
         partial = "fewer samples give a higher FID: not comparable with published ones, which are of 50,000"
         text = formatted(metric, results.metrics[metric])
         yield Headline(label(metric), text, published.get(metric, ""), "" if metric == "fid" else partial)
-    if reason := results.evaluation.get("quality", {}).get("left_out"):
+    if "wavelet_distance" in found:
+        floor = formatted("wavelet_distance", found["wavelet_distance_of_test_images"])
+        note = f"of {found['wavelet_distance_samples']:,} samples; as many test images: {floor}. It is no FID"
+        yield Headline("Fréchet wavelet distance", with_error(found, "wavelet_distance"), "", note)
+    if "recognised" in found:
+        note = (
+            f"by a small classifier; of the test images: {formatted('recognised', found['recognised_of_test_images'])}"
+        )
+        yield Headline("recognised as their class", with_error(found, "recognised"), "", note)
+    if reason := found.get("quality", {}).get("left_out"):
         yield Headline("FID", "not measured", published.get("fid", ""), str(reason))
-    if "nearest_rms" in results.evaluation:
-        beside = results.evaluation["nearest_rms_of_test_images"]
+    if "nearest_rms" in found:
+        beside = found["nearest_rms_of_test_images"]
         note = f"of 255 levels; test images: {beside:.1f}. Much less would mean copies"
-        yield Headline("distance to the nearest training image", f"{results.evaluation['nearest_rms']:.1f}", "", note)
+        yield Headline("distance to the nearest training image", f"{found['nearest_rms']:.1f}", "", note)
 
 
 def _likelihood(data: str, results: Results) -> Iterator[Headline]:

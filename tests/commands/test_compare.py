@@ -108,6 +108,7 @@ def test_only_what_differs_is_told_what_is_unusual_first(rows):
 
 def test_there_are_ten_columns_at_most(rows):
     rows[2].metrics |= {f"fid_{k}": 1.0 for k in range(9)} | {"bits_per_dim_stderr": 0.5, "images_per_second": 2.0}
+    rows[2].metrics |= {"wavelet_distance": 0.1, "recognised": 0.5}
     headings, cells = compare.table(rows, 20)
     assert len(headings) == 10 and {*map(len, cells)} == {10} and "3.000 ± 0.500" in cells[2]
     assert max(len(row[-1]) for row in cells) <= 20

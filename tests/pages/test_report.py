@@ -23,6 +23,8 @@ from modeling.stages import report
 METRICS = {"held_out_loss": 0.09, "bits_per_dim": 5.17, "bits_per_dim_stderr": 0.068}
 TRAINING = {"steps": 300, "loss": 0.15, "held_out_loss": 0.1, "seconds": 3725.2, "parameters": 688051, "made_on": "CPU"}
 EVALUATION = {"bits_per_dim_images": 50, "bits_per_dim_timesteps": 10, "quality": {"left_out": "no weights"}}
+SAMPLES = {"wavelet_distance": 0.01, "wavelet_distance_stderr": 0.001, "wavelet_distance_samples": 1000}
+SAMPLES |= {"wavelet_distance_of_test_images": 0.003, "recognised": 0.5, "recognised_of_test_images": 0.875}
 NEAREST = {"nearest_rms": 40.7, "nearest_rms_of_test_images": 13.3}
 HOSTILE = "</script><script>alert('$x$')</script>"
 
@@ -140,6 +142,14 @@ def test_published_numbers_stand_beside_those_of_cifar10_only(published):
     assert beside("cifar10")["bits/dim"][1] == "upper bound"
     assert found["bits/dim"][1] == "upper bound, 50 test images, 10 time steps each"
     assert not any(published for published, _ in beside("shapes", fid=4.0).values())
+
+
+def test_samples_are_measured_beside_test_images(published):
+    write_json(published / "reports/evaluate-details.json", EVALUATION | SAMPLES)
+    found = {each.name: each for each in headlines("shapes", Results(folder_reader(published / "reports")))}
+    distance, share = found["Fréchet wavelet distance"], found["recognised as their class"]
+    assert distance.value == "0.0100 ± 0.0010" and "1,000 samples; as many test images: 0.0030" in distance.note
+    assert share.value == "50.0%" and share.note.endswith("87.5%")
 
 
 @pytest.mark.parametrize(("typed", "named"), [("data=cifar10", True), ("experiment=tiny", False)])
