@@ -3,7 +3,9 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 from helpers.configs import group, load
 from helpers.pipeline import TINY
 from helpers.training import CPU
@@ -60,6 +62,34 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
     stage(evaluate)
     assert report()["quality"] == {"left_out": "evaluation.fid_samples=null"}
     _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch)
+
+
+def test_samples_of_classes_are_recognised_or_not(stage, tmp_path, monkeypatch):
+    """By a classifier to which everything is of class 3."""
+
+    def always(images):
+        return torch.eye(10)[3].expand(len(images), 10)
+
+    asked = []
+    monkeypatch.setattr(evaluate, "kept_classifier", lambda *arguments: asked.append(arguments) or always)
+    classes = ["model.class_conditional=true", "trainer.label_dropout=0.5", "trainer.random_flip=false"]
+    stage(prepare)
+    stage(train, *classes)
+    stage(evaluate, *classes, "evaluation.num_samples=20", "sampler.num_samples=2")
+    report = json.loads((tmp_path / "reports/evaluate-details.json").read_text())
+    names = ("circle", "square", "triangle", "ring")
+    assert [report["recognised_by_class"][name] for name in names] == [0, 0, 0, 1]
+    assert report["recognised"] == json.loads((tmp_path / "reports/evaluate.json").read_text())["recognised"] == 0.1
+    assert report["recognised_stderr"] == pytest.approx((0.09 / 19) ** 0.5)
+    assert (
+        asked[0][2:4] == (10, False)
+        and asked[0][1] == json.loads((tmp_path / "data/shapes/data.json").read_text())["sha256"]["train"]
+    )
+    test = torch.from_numpy(np.load(tmp_path / "data/shapes/test_labels.npy"))
+    assert report["recognised_of_test_images"] == pytest.approx((test == 3).double().mean().item())
+    stage(evaluate, *classes, "sampler.label=ring")
+    report = json.loads((tmp_path / "reports/evaluate-details.json").read_text())
+    assert report["recognised"] == 1 and report["recognised_by_class"] == {"ring": 1}
 
 
 def _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch):

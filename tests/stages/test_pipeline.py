@@ -55,8 +55,10 @@ def test_all_stages_leave_their_products(trained):
     assert evaluate["loss"] == pytest.approx(train["held_out_loss"], rel=1e-4)  # 16 images both times, EMA both times
     assert sum(evaluate["bits_per_dim_parts"].values()) == pytest.approx(evaluate["bits_per_dim"])
     assert found["train"] == {"images": 16, "images_per_second": train["images_per_second"]}
-    bound = {key: evaluate[key] for key in ("bits_per_dim", "bits_per_dim_stderr")}
-    assert found["evaluate"] == {"held_out_loss": evaluate["loss"]} | bound
+    assert evaluate["wavelet_distance_samples"] == 8 and evaluate["wavelet_distance_stderr"] > 0
+    assert evaluate["wavelet_distance"] > evaluate["wavelet_distance_of_test_images"] > 0
+    names = ("bits_per_dim", "bits_per_dim_stderr", "wavelet_distance", "wavelet_distance_stderr")
+    assert found["evaluate"] == {"held_out_loss": evaluate["loss"]} | {key: evaluate[key] for key in names}
     assert Image.open(out / "samples/00000.png").size == (8, 8)
     assert "parameters" in done.stdout and "wandb leet" in done.stdout
 
@@ -267,7 +269,8 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
     assert "training step" in json.dumps(curve["encoding"]) and "reports/film.png" in plots
     metrics = json.loads(dvc(["dvc", "metrics", "show", "--json"]).stdout)[""]["data"]
     shown = {key for file in metrics.values() for key in file["data"]}
-    assert shown == {"held_out_loss", "bits_per_dim", "bits_per_dim_stderr", "images", "images_per_second"}
+    measured = {"bits_per_dim", "bits_per_dim_stderr", "wavelet_distance", "wavelet_distance_stderr"}
+    assert shown == {"held_out_loss", "images", "images_per_second", *measured}
     made = hashes(repository / "models") | hashes(repository / "reports")
     refused = run("sampler.guidance_scale=2")
     assert refused.returncode and "error: sampler.guidance_scale=2.0: the model is not class" in refused.stderr
