@@ -57,7 +57,7 @@ def run(config: Config, out: Path) -> None:
     model = place_trained(model, config.sampler, compute)
     inception = _inception(config, compute)
     report = _likelihood(config, model, data.test, compute) | {"made_on": compute.describe()}
-    strip = DenoisingStrip(model.schedule.num_timesteps, config.sampler, *STRIP)
+    strip = DenoisingStrip(model.schedule.alphas_cumprod, config.sampler, *STRIP)
     images = torch.cat([*configured_samples(config, model, meta, config.sampler.num_samples, compute, strip)])
     if not from_first(lambda: strip.complete):  # the first samples were kept by an earlier evaluation
         draw_configured(config, model, meta, range(min(strip.count, len(images))), compute, strip)
