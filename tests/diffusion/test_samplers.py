@@ -65,6 +65,10 @@ def test_timestep_subsequence(spacing, schedule, num_timesteps, data):
         assert abs(sequence[k] - min(max(place, fewest), most)) <= 0.5 + 1e-6
 
 
+def test_steps_where_all_is_noise_alone_are_different():
+    assert timestep_subsequence(torch.tensor([1e-5, 1e-6, 1e-7, 1e-8], dtype=torch.float64), 3, "log_snr") == [3, 1, 0]
+
+
 def test_uniform_steps_are_those_of_ever():
     for last, gaps in itertools.product((0, 1, 5, 98, 999), (0, 1, 2, 4, 24, 98, 999)):
         if gaps <= last:
