@@ -139,7 +139,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
             axes.minorticks_off()
             axes.grid(alpha=0.3)
         grid[0, 0].set_ylabel("RMS difference from the ODE's solution, levels of 255")
-        grid[0, 0].legend(fontsize="small")
+        handles, ways = grid[0, 0].get_legend_handles_labels()
+        grid[0, 0].figure.legend(handles, ways, loc="outside lower center", ncols=len(SPACINGS))
 
 
 options: dict[str, Any] = {"images": 8, "steps": "5,8,10,15,20,25,50", "guidance": "1", "models": ""}
