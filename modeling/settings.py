@@ -197,6 +197,7 @@ class TrainerConfig(Group):
 class SamplerConfig(Group):
     name: str
     steps: int
+    spacing: str = _one_of("uniform", "quadratic", "log_snr", "karras")
     clip_denoised: bool
     num_samples: int = _positive()
     batch_size: int = _positive()
@@ -209,6 +210,13 @@ class SamplerConfig(Group):
         """How an image is drawn, and not which, how many and how fast: what a model file remembers."""
         others = ("num_samples", "batch_size", "seed", "label", "compile")
         return {key: value for key, value in vars(self).items() if key not in others}
+
+    def caption(self) -> str:
+        """What people read about it beside samples."""
+        spacing = "" if self.spacing == "uniform" else f"{self.spacing} "
+        guidance = "" if self.guidance_scale == 1 else f", guidance {self.guidance_scale:g}"
+        label = "" if self.label is None else f", {self.label}"
+        return f"{self.name}, {self.steps} {spacing}steps{guidance}{label}, seed {self.seed}"
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         yield _steps_fit(self.steps, "steps", config)
@@ -306,7 +314,15 @@ GROUPS = {
         },
     ),
     "trainer": Schema(TrainerConfig),
-    "sampler": Schema(SamplerConfig, choices={"ddpm": SamplerConfig, "ddim": DDIMConfig, "dpm_solver": SamplerConfig}),
+    "sampler": Schema(
+        SamplerConfig,
+        choices={
+            "ddpm": SamplerConfig,
+            "ddim": DDIMConfig,
+            "dpm_solver": SamplerConfig,
+            "unipc": SamplerConfig,
+        },
+    ),
     "evaluation": Schema(EvaluationConfig),
     "wandb": Schema(WandbConfig),
 }

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from dataclasses import fields
 from graphlib import TopologicalSorter
 
 import pytest
@@ -10,7 +11,7 @@ from helpers.configs import group
 from helpers.pipeline import ROOT
 
 from modeling.data.sources import SOURCES
-from modeling.diffusion.samplers import SAMPLERS
+from modeling.diffusion.samplers import SAMPLERS, SPACINGS
 from modeling.diffusion.schedule import SCHEDULES
 from modeling.settings import GROUPS
 from modeling.training.optimizer import OPTIMIZERS
@@ -92,6 +93,11 @@ def test_registry_settings_and_conf_have_the_same_choices(name):
     assert REGISTRIES[name].keys() == schema.choices.keys() == {*chosen.values()} <= chosen.keys()
     for stem, choice in chosen.items():
         assert type(group(name, stem)) is schema.choices[choice]
+
+
+def test_settings_allow_the_spacings_of_the_registry():
+    (key,) = (f for f in fields(GROUPS["sampler"].base) if f.name == "spacing")
+    assert key.metadata["allowed"] == f"allowed are {', '.join(SPACINGS)}"
 
 
 def test_every_group_has_a_folder_of_conf():

@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.bench import __main__ as bench
 from benchmarks.bench import peers, profile
 from benchmarks.measure import Elsewhere, rates, ratio, spread, turn
+from benchmarks.mixture import Mixture
 from benchmarks.project import configure, make_task, training_flops
 from benchmarks.studies import (
     kept_memory,
@@ -23,6 +24,7 @@ from benchmarks.studies import (
     time_to_quality,
     two_trainings,
 )
+from modeling.diffusion.samplers import SPACINGS
 from modeling.stages import prepare, train
 
 CPU = torch.device("cpu")
@@ -172,16 +174,22 @@ def test_loss_equality_compares_three_runs(tmp_path, capsys):
     assert abs(differences["fast path"]["mean"]) < abs(differences["float32, another seed"]["mean"])
 
 
-def test_energy_distance():
-    a, b = (torch.tensor(values, dtype=torch.float64)[:, None] for values in ([0, 2], [1, 3]))
-    assert samplers.energy_distance(a, b)[0] == pytest.approx(2 * 1.5 - 2 - 2)
-    generator = torch.Generator().manual_seed(0)
-    known, same = torch.randn(2, 2000, 3, generator=generator, dtype=torch.float64)
-    shifted = torch.randn(100, 100, 3, generator=generator, dtype=torch.float64) + 0.5
-    distances, errors = torch.tensor([samplers.energy_distance(a, known) for a in shifted]).T
-    assert distances.std() == pytest.approx(errors.mean().item(), rel=0.25)
-    distance, error = samplers.energy_distance(same, known)
-    assert abs(distance) < 0.01 < distances.mean() - 5 * error
+def test_the_solution_on_a_mixture_keeps_quantiles():
+    mixture, a = Mixture(), torch.tensor([0.9, 0.2], dtype=torch.float64)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    torch.testing.assert_close(mixture.cdf(mixture.solution(x, a[1], a[0]), a[0]), mixture.cdf(x, a[1]))
+    # Of one component the solution is linear, and the best guess Bayes' rule.
+    one, signal = Mixture((1.0,), (0.5,), (0.3,)), a.sqrt()
+    spread = (a * 0.09 + 1 - a).sqrt()
+    expected = signal[0] * 0.5 + spread[0] / spread[1] * (x - signal[1] * 0.5)
+    torch.testing.assert_close(one.solution(x, a[1], a[0]), expected)
+    expected = 0.5 + signal[1] * 0.09 / spread[1] ** 2 * (x - signal[1] * 0.5)
+    torch.testing.assert_close(one.denoise(x, a[1]), expected)
+    # The mean of x_0 is the slope of the density (Tweedie's formula).
+    h = 1e-3
+    below, at, above = (mixture.cdf(x + k * h, a[1]) for k in (-1, 0, 1))
+    score = (above - 2 * at + below) / h**2 / ((above - below) / (2 * h))
+    torch.testing.assert_close(mixture.denoise(x, a[1]), (x + (1 - a[1]) * score) / signal[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -195,17 +203,27 @@ def test_bad_input_is_one_line(argument, message, capsys):
     assert end.value.code and printed.startswith(f"error: {message}") and printed.count("\n") == 1
 
 
-@pytest.mark.filterwarnings("ignore:Data has no positive values")  # DDIM of all steps is its own solution
-def test_samplers_of_a_trained_model(tmp_path, monkeypatch):
+def test_samplers_of_a_trained_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     out = [f"out_dir={tmp_path}", "wandb.mode=disabled"]
     config = configure(*TINY, *out, "trainer.steps=1", "model.class_conditional=true", "trainer.label_dropout=0.5")
     for stage in (prepare, train):
         stage.run(config, tmp_path)
-    samplers.main(arguments=["--images=4", "--steps=2", f"--out={tmp_path / 'samplers'}", *out])
-    found = json.loads((tmp_path / "samplers.json").read_text())
-    assert [row["sampler"] for row in found["rows"]] == ["ddim", "dpm_solver", "ddpm"]
-    assert all(row["nfe"] == 2 and row["seconds"] > 0 and row["stderr"] > 0 for row in found["rows"])
+    few = ["--images=2", "--steps=3,20,50", "--guidance=1,2", f"--out={tmp_path / 'samplers'}"]
+    samplers.main(arguments=[*few, f"--models={tmp_path / 'models/model.safetensors'}", *out])
+    printed, found = capsys.readouterr().out, json.loads((tmp_path / "samplers.json").read_text())["found"]
+    trained = "shapes, linear, epsilon, guidance"
+    titles = [f"{trained} 1", f"{trained} 2", "mixture, linear", "mixture, cosine"]
+    assert [each["problem"] for each in found] == titles
+    for each in found:
+        levels = each["levels"]
+        assert [*levels] == [f"{sampler}, {spacing}" for sampler in samplers.SOLVERS for spacing in SPACINGS]
+        mixture = each["problem"].startswith("mixture")
+        assert [*levels["ddim, karras"]] == ["3", "20", "50"][: 3 if mixture else 2]  # a model of 20 time steps
+        assert mixture or (levels["ddim, uniform"]["20"] == 0 and levels["ddim, uniform"]["3"] > 0)
+        assert not mixture or levels["unipc, log_snr"]["50"] < 0.1 * levels["ddim, uniform"]["50"] < 1
+    assert "\nmixture, cosine:\n\n| sampler, spacing | 3 | 20 | 50 |\n|---|---|---|---|\n| ddim, uniform | " in printed
+    assert printed.count("**") >= 2 * (2 * 2 + 2 * 3)
     assert (tmp_path / "samplers.png").exists()
 
 

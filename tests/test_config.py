@@ -79,6 +79,7 @@ BAD = {
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: must be two numbers",
     "optimizer.betas=[0.9,1.0]": "optimizer.betas=[0.9, 1.0]: must be two numbers",
     "sampler.steps=1001": "sampler.steps=1001: allowed are 1 to 1000",
+    "sampler.spacing=even": "sampler.spacing=even: allowed are uniform, quadratic, log_snr, karras",
     "sampler.seed=-1": "sampler.seed=-1: must not be negative",
     "sampler.num_samples=0": "sampler.num_samples=0: must be greater than 0",
     "evaluation.bpd_images=0": "evaluation.bpd_images=0: must be at least 2",

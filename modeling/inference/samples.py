@@ -36,8 +36,8 @@ class SampleNoise:
 class DenoisingStrip:
     """Watches the batch that begins with sample 0: keeps x_t of its first `count` at `frames` of the time steps."""
 
-    def __init__(self, num_timesteps: int, sampler: SamplerConfig, count: int, frames: int) -> None:
-        timesteps = timestep_subsequence(num_timesteps, sampler.steps)
+    def __init__(self, alphas_cumprod: Tensor, sampler: SamplerConfig, count: int, frames: int) -> None:
+        timesteps = timestep_subsequence(alphas_cumprod, sampler.steps, sampler.spacing)
         last, frames = len(timesteps) - 1, min(frames, len(timesteps))
         self.wanted = {timesteps[round(k * last / max(frames - 1, 1))] for k in range(frames)}
         self.last = timesteps[-1]
@@ -68,7 +68,8 @@ def draw_samples(
     `label` is that of all samples of a class-conditional model; None: sample k is of class k modulo their number.
     `watch` sees every (x_t, t) of the batch that begins with sample 0.
     """
-    timesteps = timestep_subsequence(model.schedule.num_timesteps, sampler.steps)
+    abar = model.schedule.alphas_cumprod
+    timesteps = timestep_subsequence(abar, sampler.steps, sampler.spacing)
 
     def draw(rows: range, tell: Callable[[float], None]) -> Tensor:
         batch = [indices[k] for k in rows]
@@ -86,7 +87,6 @@ def draw_samples(
             tell(next(done) / len(timesteps))
             return prediction
 
-        abar = model.schedule.alphas_cumprod
         with compute.autocast():
             x_0 = SAMPLERS[sampler.name](predict, noise(), timesteps, abar, noise, **own_keys(sampler))
         return to_uint8(x_0).cpu()

@@ -16,7 +16,7 @@ from modeling.checkpoints.run_folder import Run, read_notes, run_of_weights, wri
 from modeling.reporting.curves import read_rows
 from modeling.reporting.wandb_mode import wanted_mode
 from modeling.reporting.wandb_run import Picture, WandbRun, about_experiment, experiment, on_server
-from modeling.settings import Config
+from modeling.settings import Config, SamplerConfig
 
 
 class Told:
@@ -58,11 +58,7 @@ def picture_of(folder: Path, step: int) -> Path:
     return folder / "samples" / f"step-{step:09}.png"
 
 
-def _drawn_with(sampler: Mapping[str, Any]) -> str:
-    return "{name}, {steps} steps, guidance {guidance_scale:g}, seed {seed}".format(**sampler)
-
-
-def start_training_run(config: Config, run: Run, facts: Mapping[str, Any], grid_sampler: Mapping[str, Any]) -> WandbRun:
+def start_training_run(config: Config, run: Run, facts: Mapping[str, Any], grid_sampler: SamplerConfig) -> WandbRun:
     """The W&B run of a training, whose folder notes it; `facts` join the configuration there.
 
     `grid_sampler` is what draws the sample grids, for their captions.
@@ -79,7 +75,7 @@ def start_training_run(config: Config, run: Run, facts: Mapping[str, Any], grid_
     wandb_run = WandbRun(config.wandb, resolved | dict(facts), notes["wandb_id"], about)
     notes |= {"wandb_id": wandb_run.run_id, "experiment": mine, "finished": False}
     notes |= {"wandb": {"about": about, "facts": dict(facts)}}
-    notes["drawn_with"] = _drawn_with(grid_sampler)
+    notes["drawn_with"] = grid_sampler.caption()
     write_notes(run.folder, notes)
     return wandb_run
 
@@ -108,7 +104,7 @@ def log_evaluation(config: Config, meta: Mapping[str, Any], report: Mapping[str,
         about = {"job_type": "evaluate", "tags": list(names)} | about_experiment()
         recipe = {key: value for key, value in meta["config"].items() if key != "trainer"}
         wandb_run = WandbRun(config.wandb, recipe | used | {"weights_sha256": meta["sha256"]}, run_id, about)
-    caption = _drawn_with(used["sampler"])
+    caption = config.sampler.caption()
     found = {name: target / f"{name}.png" for name in ("samples", "nearest", "denoising")}
     pictures = {f"evaluate/{name}": Picture(path, caption) for name, path in found.items() if path.exists()}
     wandb_run.log(pictures, max(meta["steps"] + 1, wandb_run.first))  # W&B drops values of a step that it has

@@ -61,7 +61,7 @@ def run(config: Config, out: Path) -> None:
     report = _likelihood(config, model, data.test, compute) | {"made_on": compute.describe()}
     shown, frames = STRIP
     shown = min(shown, config.sampler.num_samples)
-    strip = DenoisingStrip(model.schedule.num_timesteps, config.sampler, shown, frames)
+    strip = DenoisingStrip(model.schedule.alphas_cumprod, config.sampler, shown, frames)
     count = max(config.sampler.num_samples, config.evaluation.num_samples)
     drawn = torch.cat([*configured_samples(config, model, meta, count, compute, strip)])
     images = drawn[: config.sampler.num_samples]

@@ -14,4 +14,4 @@ def run(config: Config, out: Path) -> None:
     """Writes diffusers/ under `out`."""
     model, meta, _ = load_for(config, out)
     save_diffusers(out / "diffusers", model.network.state_dict(), model.schedule.betas, meta)
-    log.info("pipeline for diffusers: %s", out / "diffusers")
+    log.info("pipeline for diffusers: %s; its scheduler is DDPM, sampler.* is no part of it", out / "diffusers")

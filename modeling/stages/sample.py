@@ -72,6 +72,7 @@ def as_recipe(config: Config, meta: dict[str, Any]) -> Config:
     if recipe is None or {"sampler", "experiment"} & config.named:
         return config
     common = {f.name: getattr(own, f.name) for f in fields(SamplerConfig)}
+    common["spacing"] = "uniform"  # of files from before there was a choice
     named = {key: value for key, value in vars(own).items() if f"sampler.{key}" in config.named}
     try:
         sampler: SamplerConfig = parse_group("sampler", common | recipe | named)
@@ -83,8 +84,7 @@ def as_recipe(config: Config, meta: dict[str, Any]) -> Config:
             f"the model's recipe names no valid sampler: {str(recipe)[:160]}; name one: sampler=ddim"
         ) from None
     if sampler != own:
-        named_there = (sampler.name, sampler.steps, sampler.guidance_scale)
-        log.info("sampler of the model's recipe: %s, %d steps, guidance %g", *named_there)
+        log.info("sampler of the model's recipe: %s", sampler.caption())
     return replace(config, sampler=sampler)
 
 
@@ -151,12 +151,11 @@ def save_samples(path: Path, images: Tensor, config: Config, model: DiffusionMod
 
 def caption(config: Config, meta: dict[str, Any]) -> str:
     """What samples are of: the experiment, or else the model; its steps; the sampler and its seed."""
-    recipe, s = meta["config"], config.sampler
+    recipe = meta["config"]
     parts = [os.environ.get("DVC_EXP_NAME") or " ".join(recipe[k]["name"] for k in ("data", "model") if k in recipe)]
     if "trainer" in recipe:  # a foreign model does not say how it was trained
         parts.append(f"{meta['steps']:,} steps of {recipe['trainer']['batch_size']} images")
-    parts.append(f"{s.name}, {s.steps} steps" + (f", guidance {s.guidance_scale:g}" if s.guidance_scale != 1 else ""))
-    return ", ".join([*parts, *([s.label] if s.label else []), f"seed {s.seed}"])
+    return ", ".join([*parts, config.sampler.caption()])
 
 
 def run(config: Config, out: Path) -> None:

@@ -32,7 +32,7 @@ from modeling.reporting.reports import Reports
 from modeling.settings import Config, affects
 from modeling.training.batches import BatchSource
 from modeling.training.state import CheckpointFolder
-from modeling.training.trainer import GRID_SAMPLER, Reporter, Trainer
+from modeling.training.trainer import Reporter, Trainer, grid_sampler
 
 log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
@@ -87,7 +87,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         "device_used": compute.describe(),
         "precision_used": run.parts["precision"],
     }
-    wandb_run = start_training_run(config, run, facts, GRID_SAMPLER | {"steps": config.trainer.sample_steps})
+    wandb_run = start_training_run(config, run, facts, grid_sampler(config.trainer))
     progress = Progress(config.trainer, compute.device)
     shown = BatchSource(data.train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
     reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), data.classes if model.num_classes else [])

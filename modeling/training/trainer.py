@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +36,30 @@ from modeling.reliability.errors import Stopped, UserError
 from modeling.reliability.files import replacing
 from modeling.reliability.signals import stop_requested
 from modeling.seeds import step_seed
-from modeling.settings import Config, DDIMConfig
+from modeling.settings import Config, SamplerConfig, TrainerConfig
 from modeling.training.batches import InputSource, StepInputs
 from modeling.training.ema import EMA
 from modeling.training.optimizer import build_optimizer, learning_rate
 from modeling.training.state import CheckpointFolder, TrainingState
 
 EVALUATION_BATCH = 250  # of the held-out loss; no batch size here changes a result
-# The sampler of the sample grids: DDIM without guidance.
-GRID_SAMPLER: dict[str, Any] = {"name": "ddim", "eta": 0.0, "seed": 0, "clip_denoised": True, "batch_size": 64}
-GRID_SAMPLER |= {"guidance_scale": 1.0, "label": None, "compile": False}
 CHECK_EVERY = 1000  # steps between checks for divergence, if nothing else checks before
+
+
+def grid_sampler(config: TrainerConfig) -> SamplerConfig:
+    """The sampler of the sample grids, without guidance: what is near the solution of the ODE after few steps."""
+    return SamplerConfig(
+        name="unipc",
+        steps=config.sample_steps,
+        spacing="log_snr",
+        clip_denoised=True,
+        num_samples=config.sample_images,
+        batch_size=64,
+        seed=0,
+        guidance_scale=1.0,
+        label=None,
+        compile=False,
+    )
 
 
 class Reporter:
@@ -243,8 +255,8 @@ class Trainer:
             row["held_out_loss"] = losses.double().mean().item()
         images = None
         if last or step % c.sample_every == 0:
-            sampler = DDIMConfig(**GRID_SAMPLER, steps=c.sample_steps, num_samples=c.sample_images)
-            images = draw_samples(ema, sampler, range(c.sample_images), self.test.images.shape[1:], self.compute)
+            shape = self.test.images.shape[1:]
+            images = draw_samples(ema, grid_sampler(c), range(c.sample_images), shape, self.compute)
         self.last_row = row
         # All values of a step at once: W&B's server accepts no more of a step that it has.
         self.reporter.logged(step, row, self.state.seconds)

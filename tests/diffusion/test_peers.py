@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
 from helpers.closed_forms import sample
 
 from modeling.diffusion.model import PREDICTION_TYPES, VARIANCES, DiffusionModel
@@ -47,10 +47,11 @@ def equal(record_deviation):
 
 def run(scheduler, network, x, steps, **arguments):
     """The library's sampling loop, with the noise of `noise_like(x)`."""
-    draws = torch.Generator().manual_seed(3)
+    if not isinstance(scheduler, UniPCMultistepScheduler):  # it takes none
+        arguments["generator"] = torch.Generator().manual_seed(3)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
-        x = scheduler.step(network(x, torch.full((len(x),), int(t))), t, x, generator=draws, **arguments).prev_sample
+        x = scheduler.step(network(x, torch.full((len(x),), int(t))), t, x, **arguments).prev_sample
     return x
 
 
@@ -127,6 +128,18 @@ def test_dpm_solver(prediction_type, steps, x_T, equal):
     expected = run(theirs, mixed, x_T, steps)
     ours = sample("dpm_solver", model, x_T, theirs.timesteps.tolist(), clip_denoised=False)
     equal("DPM-Solver++ 2M", ours, expected, 1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 50])
+def test_unipc(name, prediction_type, steps, x_T, equal):
+    model = DiffusionModel(mixed, NoiseSchedule(SCHEDULES[name]), prediction_type)
+    betas = SCHEDULES[name].numpy()
+    theirs = UniPCMultistepScheduler(trained_betas=betas, prediction_type=prediction_type, solver_order=2)
+    expected = run(theirs, mixed, x_T, steps)
+    ours = sample("unipc", model, x_T, theirs.timesteps.tolist(), clip_denoised=False)
+    equal(f"UniPC, {name}", ours, expected, 1e-4)
 
 
 PAPER = {

@@ -3,16 +3,18 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers.closed_forms import optimal_model, sample, squashed
 from helpers.configs import group
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.mixture import Mixture
 from modeling.diffusion.model import PREDICTION_TYPES, VARIANCES
-from modeling.diffusion.samplers import SAMPLERS, timestep_subsequence
-from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas
+from modeling.diffusion.samplers import SAMPLERS, SPACINGS, timestep_subsequence
+from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
 from modeling.settings import own_keys
 
 # With the options of the shipped conf/, and what else can be chosen.
@@ -24,20 +26,60 @@ def x_T(generator):
     return torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
 
 
-@given(st.integers(1, 2000), st.data())
-def test_timestep_subsequence(num_timesteps, data):
-    steps = data.draw(st.integers(1, num_timesteps))
-    sequence = timestep_subsequence(num_timesteps, steps)
-    assert len(sequence) == steps and sequence[0] == num_timesteps - 1
+MEASURES = {
+    "uniform": lambda t, sigma: t,
+    "quadratic": lambda t, sigma: math.sqrt(t),
+    "log_snr": lambda t, sigma: math.log(sigma),
+    "karras": lambda t, sigma: sigma ** (1 / 7),
+}
+"""What is even in each spacing, from t and sigma / alpha."""
+
+
+BETAS = {
+    "linear": lambda num_timesteps, draws: linear_betas(num_timesteps, 1e-4, 0.02),
+    "cosine": lambda num_timesteps, draws: cosine_betas(num_timesteps),
+    "sigmoid": lambda num_timesteps, draws: sigmoid_betas(num_timesteps, -3, 3, 1),
+    "any": lambda num_timesteps, draws: 1e-8 + torch.rand(num_timesteps, generator=draws, dtype=torch.float64) * 0.9,
+}
+
+
+@settings(deadline=None)
+@given(st.sampled_from([*SPACINGS]), st.sampled_from([*BETAS]), st.integers(1, 300), st.data())
+def test_timestep_subsequence(spacing, schedule, num_timesteps, data):
+    """Both ends, all different; each the nearest to its place of those that are free and leave room for the rest."""
+    draws = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    alphas_cumprod = (1 - BETAS[schedule](num_timesteps, draws)).cumprod(0)
+    alphas_cumprod = alphas_cumprod[alphas_cumprod > 1e-90]
+    last = len(alphas_cumprod) - 1
+    steps = data.draw(st.integers(1, last + 1))
+    sequence = timestep_subsequence(alphas_cumprod, steps, spacing)
+    assert len(sequence) == steps and sequence[0] == last and (steps == 1 or sequence[-1] == 0)
     assert all(a > b for a, b in itertools.pairwise(sequence))
-    spacing = (num_timesteps - 1) / max(steps - 1, 1)
-    assert all(abs(num_timesteps - 1 - k * spacing - t) <= 0.5 + 1e-9 for k, t in enumerate(sequence))  # the nearest
+    sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().tolist()
+    measure = [MEASURES[spacing](t, min(s, 80)) for t, s in enumerate(sigma)]
+    if measure[-1] == measure[0]:
+        return  # noise alone from the first step on
+    values = np.linspace(measure[-1], measure[0], steps)
+    for k, place in enumerate(np.interp(values[1:-1], measure, range(last + 1)), start=1):
+        fewest, most = steps - 1 - k, sequence[k - 1] - 1
+        assert abs(sequence[k] - min(max(place, fewest), most)) <= 0.5 + 1e-6
+
+
+def test_steps_where_all_is_noise_alone_are_different():
+    assert timestep_subsequence(torch.tensor([1e-5, 1e-6, 1e-7, 1e-8], dtype=torch.float64), 3, "log_snr") == [3, 1, 0]
+
+
+def test_uniform_steps_are_those_of_ever():
+    for last, gaps in itertools.product((0, 1, 5, 98, 999), (0, 1, 2, 4, 24, 98, 999)):
+        if gaps <= last:
+            expected = [last - round(k * last / max(gaps, 1)) for k in range(gaps + 1)]
+            assert timestep_subsequence(torch.rand(last + 1), gaps + 1) == expected
 
 
 @pytest.mark.parametrize("steps", [0, 11])
 def test_timestep_subsequence_out_of_range(steps):
-    with pytest.raises(ValueError, match="allowed are 1 to 10"):
-        timestep_subsequence(10, steps)
+    with pytest.raises(ValueError, match=f"{steps} sampling steps: allowed are 1 to 10"):
+        timestep_subsequence(torch.linspace(0.9, 0.1, 10), steps)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -47,7 +89,7 @@ def test_point_mass_is_returned_exactly(schedule, x_T, variance, prediction_type
     c = torch.tensor([0.3, -0.9, 1.7], dtype=torch.float64).reshape(3, 1, 1, 1).expand_as(x_T)
     model = optimal_model(schedule, lambda x, _: c, variance, prediction_type)
     for steps, (name, options) in itertools.product((1, 2, 5, 7), CHOICES):
-        timesteps = timestep_subsequence(schedule.num_timesteps, steps)
+        timesteps = timestep_subsequence(schedule.alphas_cumprod, steps)
         for clip, expected in ((True, c.clamp(max=1)), (False, c)):
             found = sample(name, model, x_T, timesteps, clip_denoised=clip, **options)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
@@ -69,31 +111,47 @@ def test_point_mass_under_any_schedule_and_any_subsequence(num_timesteps, data):
 
 
 def test_the_solvers_of_the_ode_converge_to_its_solution(x_T):
-    """Data N(0, s^2): the ODE has the solution x_0 = s x_T / sqrt(a_T s^2 + 1 - a_T). Order 1 for DDIM, 2 for 2M."""
-    schedule, s2 = NoiseSchedule(cosine_betas(4000)), 0.3
-    model = optimal_model(schedule, lambda x, a: a.sqrt() * s2 / (a * s2 + 1 - a) * x)
+    """On a mixture, whose ODE keeps quantiles. Order 1 for DDIM, 2 for 2M, 3 for UniPC, which corrects 2M."""
+    schedule, mixture = NoiseSchedule(cosine_betas(4000)), Mixture()
+    model = optimal_model(schedule, mixture.denoise)
     log_snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).log()
     start, end = 3600, 400
-    a, b = schedule.alphas_cumprod[start], schedule.alphas_cumprod[end]
-    exact = ((b * s2 + 1 - b) / (a * s2 + 1 - a)).sqrt()
+    a, b = schedule.alphas_cumprod[[start, end]].reshape(2, 1, 1, 1, 1)
+    exact = mixture.denoise(mixture.solution(x_T, a, b), b)
 
     def error(name, steps):
-        # Evenly in log-SNR, which the order of the solver refers to; the factor of the last step is divided out.
+        # Evenly in log-SNR, which the order of the solver refers to.
         levels = torch.linspace(log_snr[start], log_snr[end], steps + 1, dtype=torch.float64)
         timesteps = [int((log_snr - level).abs().argmin()) for level in levels]
-        last = b.sqrt() * s2 / (b * s2 + 1 - b)
-        clean = sample(name, model, x_T, timesteps, clip_denoised=False)
-        return (clean / (last * x_T) - exact).abs().max().item()
+        return (sample(name, model, x_T, timesteps, clip_denoised=False) - exact).square().mean().sqrt().item()
 
-    assert error("ddim", 40) < 0.65 * error("ddim", 20)
-    assert error("dpm_solver", 40) < 0.4 * error("dpm_solver", 20)
-    assert error("dpm_solver", 20) < 0.2 * error("ddim", 20)
+    assert error("ddim", 40) < 0.55 * error("ddim", 20)
+    assert error("dpm_solver", 40) < 0.28 * error("dpm_solver", 20)
+    assert error("unipc", 40) < 0.2 * error("unipc", 20)
+    assert error("dpm_solver", 20) < 0.2 * error("ddim", 20) and error("unipc", 20) < 0.2 * error("dpm_solver", 20)
 
 
-def test_dpm_solver_with_one_and_two_steps_is_ddim(schedule, x_T):
+@pytest.mark.parametrize("betas", [linear_betas(1000, 1e-4, 0.02), cosine_betas(1000)], ids=["linear", "cosine"])
+def test_ten_steps_as_conf_has_them_are_nearer_than_25_of_ddim(betas, generator):
+    schedule, mixture = NoiseSchedule(betas), Mixture()
+    model = optimal_model(schedule, mixture.denoise)
+    x_T = torch.randn(1, 1, 20, 20, generator=generator, dtype=torch.float64)
+    exact = mixture.solution(x_T, schedule.alphas_cumprod[-1], torch.ones(()))
+
+    def error(name, steps):
+        timesteps = timestep_subsequence(schedule.alphas_cumprod, steps, group("sampler", name).spacing)
+        return (sample(name, model, x_T, timesteps, clip_denoised=False) - exact).square().mean().sqrt().item()
+
+    assert error("unipc", 10) < 0.75 * error("ddim", 25)
+
+
+def test_a_step_without_one_before_it_is_of_first_order(schedule, x_T):
+    """The first, and one more than twice as long in log-SNR as that before it."""
     model = optimal_model(schedule, squashed)
-    for steps in (1, 2):
-        timesteps = timestep_subsequence(schedule.num_timesteps, steps)
+    log_snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).log().tolist()
+    last = schedule.num_timesteps - 1
+    for timesteps in ([last], [last, 0], [last, last - 1, 0]):
+        assert len(timesteps) < 3 or log_snr[0] - log_snr[last - 1] > 2 * (log_snr[last - 1] - log_snr[last])
         torch.testing.assert_close(*(sample(name, model, x_T, timesteps) for name in ("dpm_solver", "ddim")))
 
 
@@ -101,14 +159,14 @@ def test_dpm_solver_with_one_and_two_steps_is_ddim(schedule, x_T):
 def test_learned_variance_at_its_ends_is_the_fixed_ones(schedule, x_T, fraction):
     learned = optimal_model(schedule, squashed, "learned", fraction=fraction)
     fixed = optimal_model(schedule, squashed, "fixed_large" if fraction else "fixed_small")
-    timesteps = timestep_subsequence(schedule.num_timesteps, 5)
+    timesteps = timestep_subsequence(schedule.alphas_cumprod, 5)
     torch.testing.assert_close(*(sample("ddpm", model, x_T, timesteps) for model in (learned, fixed)))
 
 
 def test_ddim_of_a_standard_normal_is_a_product_of_cosines(schedule, x_T):
     """eps* = sqrt(1 - alphas_cumprod) x_t, so each step multiplies by the cosine of the angle it turns."""
     model = optimal_model(schedule, lambda x, alpha_bar: alpha_bar.sqrt() * x)
-    timesteps = timestep_subsequence(schedule.num_timesteps, 6)
+    timesteps = timestep_subsequence(schedule.alphas_cumprod, 6)
     angles = [math.acos(math.sqrt(schedule.alphas_cumprod[t])) for t in timesteps] + [0.0]
     factor = math.prod(math.cos(a - b) for a, b in itertools.pairwise(angles))
     out = sample("ddim", model, x_T, timesteps, clip_denoised=False)
@@ -129,7 +187,7 @@ def test_ddpm_of_a_standard_normal(schedule, x_T):
 def test_ddpm_is_ddim_with_eta_one(schedule, x_T):
     model = optimal_model(schedule, squashed, "fixed_small")
     for steps, clip in itertools.product((2, 5, 7), (True, False)):
-        timesteps = timestep_subsequence(schedule.num_timesteps, steps)
+        timesteps = timestep_subsequence(schedule.alphas_cumprod, steps)
         ddpm = sample("ddpm", model, x_T, timesteps, clip_denoised=clip)
         ddim = sample("ddim", model, x_T, timesteps, clip_denoised=clip, eta=1.0)
         torch.testing.assert_close(ddpm, ddim)
@@ -162,7 +220,7 @@ def test_ideal_denoiser_of_a_finite_data_set_returns_members(x_T):
         return torch.einsum("nk,kchw->nchw", weights, data)
 
     model = optimal_model(schedule, denoise)
-    timesteps = timestep_subsequence(1000, 100)
+    timesteps = timestep_subsequence(schedule.alphas_cumprod, 100)
     for name in ("ddim", "ddpm"):
         nearest = (sample(name, model, x_T, timesteps)[:, None] - data[None]).abs().amax((2, 3, 4)).amin(1)
         assert nearest.max() < 1e-3

@@ -35,7 +35,7 @@ def euler(steps, variance):
         return Prediction(a.sqrt() * variance * x / total, (1 - a).sqrt() * x / total, 0.0)
 
     x_T = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    x_0 = euler_sample(predict, x_T, timestep_subsequence(1000, steps), alphas_cumprod, lambda: 1 / 0)
+    x_0 = euler_sample(predict, x_T, timestep_subsequence(alphas_cumprod, steps), alphas_cumprod, lambda: 1 / 0)
     first, last = (alphas_cumprod[[0, -1]] * (variance - 1) + 1).tolist()
     return x_0.item(), alphas_cumprod[0].item() ** 0.5 * variance / math.sqrt(first * last)
 

@@ -51,10 +51,13 @@ def test_samples_take_the_classes_in_turn_or_the_one_that_is_asked_for():
         assert close.tolist() == [k % 3 == label for k in range(5)]
 
 
-@pytest.mark.parametrize(("steps", "shown"), [(4, [9, 3, 0]), (2, [9, 0]), (1, [9])])
-def test_the_denoising_strip_is_what_the_first_samples_come_from(steps, shown):
-    model, sampler = network(False), group("sampler", "ddim", steps=steps, batch_size=3)
-    strip = DenoisingStrip(10, sampler, count=2, frames=3)
+@pytest.mark.parametrize(
+    ("steps", "spacing", "shown"),
+    [(4, "uniform", [9, 3, 0]), (3, "quadratic", [9, 2, 0]), (2, "uniform", [9, 0]), (1, "uniform", [9])],
+)
+def test_the_denoising_strip_is_what_the_first_samples_come_from(steps, spacing, shown):
+    model, sampler = network(False), group("sampler", "ddim", steps=steps, spacing=spacing, batch_size=3)
+    strip = DenoisingStrip(model.schedule.alphas_cumprod, sampler, count=2, frames=3)
     draw_samples(model, sampler, range(1, 4), (3, 8, 8), CPU, watch=strip)  # without sample 0
     assert not strip.frames and not strip.complete
     images = draw_samples(model, sampler, range(7), (3, 8, 8), CPU, watch=strip)

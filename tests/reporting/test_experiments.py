@@ -3,7 +3,7 @@
 import pytest
 import torch
 import yaml
-from helpers.configs import load
+from helpers.configs import group, load
 from helpers.pipeline import TINY
 
 from modeling.checkpoints.run_folder import Run, read_notes, write_notes
@@ -12,7 +12,7 @@ from modeling.reporting import experiments
 from modeling.reporting.wandb_run import MARK, WandbRun
 
 META = {"sha256": "a" * 64, "steps": 4, "config": {"data": {"name": "shapes"}, "model": {"name": "tiny"}}}
-GRID = {"name": "ddim", "steps": 2, "guidance_scale": 1.0, "seed": 0}
+GRID = group("sampler", "unipc", steps=2, guidance_scale=3.0, label="cat")
 REPORT = {"loss": 0.5, "quality": {"fid": 3, "sampler": "ddim"}}
 ROWS = "step,images,lr,loss,grad_norm,held_out_loss,seconds\n2,8,0.1,0.9,1,,1\n4,16,0.1,0.8,1,0.7,1\n"
 
@@ -91,9 +91,9 @@ def test_an_experiments_evaluation_completes_the_run_of_its_training(train, eval
     assert run.config["parameters"] == 7 and run.config["seed"] == 0 and run.config["sampler"]["name"] == "ddim"
     assert [*run.logged] == [0, 2, 4, 5], "told again as a whole, then the evaluation"
     assert run.logged[4]["held_out/loss"] == 0.7 and "train/images_per_second" not in run.logged[4]  # in no time
-    assert run.logged[4]["samples/grid"].caption == "step 4, ddim, 2 steps, guidance 1, seed 0"
+    assert run.logged[4]["samples/grid"].caption == "step 4, unipc, 2 log_snr steps, guidance 3, cat, seed 0"
     assert {*run.logged[5]} == {f"evaluate/{name}" for name in ("samples", "nearest", "denoising")}
-    assert run.logged[5]["evaluate/samples"].caption == "ddim, 3 steps, guidance 1, seed 0"
+    assert run.logged[5]["evaluate/samples"].caption == "ddim, 3 steps, seed 0"
     assert run.summary == {"evaluate/loss": 0.5, "evaluate/quality/fid": 3}
     assert evaluate("e-1").run_id == run.run_id, "once more in the same way"
 

@@ -81,7 +81,7 @@ def test_wandb_holds_the_run_and_never_the_code(trained, state):
         "evaluate/samples.caption",
         "evaluate/denoising.caption",
     }
-    assert wanted <= history.keys() and history["samples/grid.caption"] == "step 4, ddim, 2 steps, guidance 1, seed 0"
+    assert wanted <= history.keys() and history["samples/grid.caption"] == "step 4, unipc, 2 log_snr steps, seed 0"
     final = {"evaluate/loss", "evaluate/bits_per_dim", "evaluate/bits_per_dim_parts/prior"}
     assert final <= summary.keys() and not final & history.keys()
     assert summary["held_out/loss"]["min"] == pytest.approx(summary["evaluate/loss"], rel=1e-4)

@@ -21,6 +21,7 @@ def chosen(*typed, recipe=METHOD, named=()):
     config = load(*typed)
     config.named |= {*named}
     sampler = as_recipe(config, {"config": {"sampler": json.loads(json.dumps(recipe))} if recipe else {}}).sampler
+    assert sampler.spacing == ("log_snr" if sampler.name in ("dpm_solver", "unipc") else "uniform")
     return sampler.name, sampler.steps, sampler.guidance_scale, getattr(sampler, "eta", None)
 
 
@@ -29,14 +30,35 @@ def test_the_recipe_of_the_model_decides_what_the_user_did_not_name():
     assert chosen() == ("ddim", 50, 3.0, 0.5)
     assert chosen("sampler.steps=20", "sampler.seed=3", "sampler.guidance_scale=1") == ("ddim", 20, 1.0, 0.5)
     assert chosen("sampler=dpm_solver") == ("dpm_solver", 20, 1.0, None)
-    assert chosen("experiment=cifar10_cpu") == ("ddim", 50, 2.5, 0.0)
+    assert chosen(recipe=group("sampler", "unipc").method()) == ("unipc", 20, 1.0, None)
+    assert chosen("experiment=cifar10_cpu") == ("unipc", 20, 2.5, None)
     assert chosen(recipe=None) == ("ddpm", 1000, 1.0, None)  # of an old file, or another library
     assert chosen(named=["sampler"]) == ("ddpm", 1000, 1.0, None)  # of params.yaml, see main.py
 
 
+def test_a_file_from_before_there_were_spacings_is_sampled_as_it_was():
+    old = {key: value for key, value in METHOD.items() if key != "spacing"} | {"name": "dpm_solver"}
+    del old["eta"]
+    config = load("sampler.steps=5")
+    config.sampler.spacing = "karras"  # whatever conf/ says of another sampler
+    meta = {"config": {"sampler": old}}
+    assert as_recipe(config, meta).sampler.spacing == "uniform"
+    config.named |= {"sampler.spacing"}
+    assert as_recipe(config, meta).sampler.spacing == "karras"
+
+
 @pytest.mark.parametrize(
     "lie",
-    [{"name": "x"}, {"eta": 5.0}, {"steps": 0}, {"steps": "2"}, {"eta": None}, {"more": 1}, {"guidance_scale": -1.0}],
+    [
+        {"name": "x"},
+        {"eta": 5.0},
+        {"steps": 0},
+        {"steps": "2"},
+        {"eta": None},
+        {"more": 1},
+        {"guidance_scale": -1.0},
+        {"spacing": "x"},
+    ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(lie):
     with pytest.raises(UserError, match=r"names no valid sampler: .*; name one: sampler=ddim"):

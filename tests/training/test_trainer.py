@@ -141,7 +141,7 @@ def test_grids_and_held_out_losses_are_those_of_the_average(tmp_path):
     trainer.run()
 
     def grid_and_loss(model):
-        images = draw_samples(model.eval(), group("sampler", "ddim", steps=2), range(2), (3, 8, 8), CPU)
+        images = draw_samples(model.eval(), group("sampler", "unipc", steps=2), range(2), (3, 8, 8), CPU)
         losses, _ = held_out_losses(model, trainer.test, 250, CPU)
         return images, losses.double().mean().item()
 
