@@ -60,8 +60,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
     logging.raiseExceptions = False  # a log file on a full disk must not hide what went wrong
     keep_streams()
-    sys.argv += launcher.overrides()
     try:
+        sys.argv += launcher.overrides()
         with stop_requests():
             run()
     except Exception as error:  # what Hydra raises before `run`

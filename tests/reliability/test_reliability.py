@@ -66,13 +66,15 @@ def test_a_request_to_the_launcher_or_another_worker_counts(tmp_path, monkeypatc
 
 
 def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):
-    for name in ("DVC_STAGE", "MASTER_ADDR"):
+    for name in ("DVC_STAGE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     assert signals.resume_command(["main.py", "data.path=a b"]) == "python main.py 'data.path=a b'"
     never = ["main.py", "trainer.resume=never", "seed=1"]
     assert signals.resume_command(never) == "python main.py trainer.resume=never seed=1"  # nothing to resume yet
     assert signals.resume_command(never, "never") == "python main.py seed=1 trainer.resume=auto"
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert signals.resume_command(never) == "the same command"  # of srun, say
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert signals.resume_command(never) == "the same torchrun command"
     monkeypatch.setenv("DVC_STAGE", "train")
     assert signals.resume_command(never) == "the same dvc command"
