@@ -49,7 +49,7 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
         assert (quality["sampler"], quality["nfe"], quality["seed"], quality["eta"]) == ("ddim", 3, 0, 0)
         assert (quality["device"], quality["precision"], quality["clip_denoised"]) == ("cpu", "float32", True)
         assert quality["inception_sha256"] == pixels.sha256 and len(quality["weights_sha256"]) == 64
-        assert quality["variance"] == "fixed_large" and quality["label"] is None and quality["compile"] is False
+        assert quality["variance"] == "fixed_small" and quality["label"] is None and quality["compile"] is False
         stage(evaluate, *local)
     assert loaded == 2 * [("w", "01234567", CPU.device)]
     assert report()["quality"] == quality and caplog.text.count("once") == 1  # the reference was kept
@@ -60,6 +60,22 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
     stage(evaluate)
     assert report()["quality"] == {"left_out": "evaluation.fid_samples=null"}
     _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch)
+    _check_that_few_images_are_named(stage, pixels, tmp_path, monkeypatch, caplog)
+
+
+def _check_that_few_images_are_named(stage, pixels, tmp_path, monkeypatch, caplog):
+    """Three to train and one to test: no neighbours, and no standard error."""
+    few = ["data.num_train=3", "data.num_test=1", "evaluation.fid_samples=10"]
+    monkeypatch.setattr(fid, "load_inception", lambda *_: pixels)
+    stage(prepare, *few)
+    stage(evaluate, *few)
+    text = (tmp_path / "reports/evaluate.json").read_text()
+    assert "NaN" not in text and json.loads(text)["bits_per_dim_stderr"] is None and "fid_10" in text
+    details = json.loads((tmp_path / "reports/evaluate-details.json").read_text())
+    assert details["null"] == "bits_per_dim_stderr: too few images, 3 to train and 1 to test"
+    assert details["null"] in caplog.text and "without precision and recall" in caplog.text
+    assert details["quality"]["without"].startswith("precision and recall, which look for 3 neighbours")
+    assert not {"precision_10", "recall_10"} & {*details["quality"]}
 
 
 def _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch):

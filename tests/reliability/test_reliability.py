@@ -1,6 +1,8 @@
 """Errors with a line for the user, atomic files, locks, and stop requests, all in this process."""
 
 import errno
+import json
+import math
 import os
 import signal
 import socket
@@ -194,3 +196,8 @@ def test_a_relative_path_means_the_same_place_under_every_way_of_running(tmp_pat
     monkeypatch.setenv("DVC_STAGE", "train")  # in DVC's copy of the repository
     assert files.existing("data.path", "images") == root / "images"
     assert files.existing("data.path", "~/root") == files.existing("data.path", str(root)) == root
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    files.write_json(tmp_path / "x", {"a": math.nan, "b": {"c": [1, -math.inf]}, "d": 0.5})
+    assert json.loads((tmp_path / "x").read_text()) == {"a": None, "b": {"c": [1, None]}, "d": 0.5}
