@@ -86,7 +86,8 @@ def draw_samples(
             tell(next(done) / len(timesteps))
             return prediction
 
-        abar = model.schedule.alphas_cumprod
+        # As NoiseSchedule has it in float64, also where the device has rounded its constants.
+        abar = (1 - model.schedule.betas.cpu().double()).cumprod(0)
         with compute.autocast():
             x_0 = SAMPLERS[sampler.name](predict, noise(), timesteps, abar, noise, **own_keys(sampler))
         return to_uint8(x_0).cpu()
