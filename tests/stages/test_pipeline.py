@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from diffusers import DDPMPipeline
 from helpers.configs import group
 from helpers.pipeline import ROOT, TINY, copy_repository, environment, main, spelled_out
 from helpers.processes import Launched
@@ -114,8 +113,11 @@ def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path
     assert list(tmp_path.glob("outputs/*/*/reports/evaluate.json")) and list((state / "runs/data").glob("shapes-*"))
 
 
+@pytest.mark.dev
 def test_models_go_to_diffusers_and_back(trained, state, tmp_path):
     """The library's own pipeline draws our samples from the exported folder, and so do we."""
+    from diffusers import DDPMPipeline  # here, since the other tests of this file need no requirements-dev.txt
+
     weights, common = trained[0] / "models/model.safetensors", ["precision=fp32", f"out_dir={tmp_path}"]
     exported = main(state, tmp_path, "stage=export", f"model.weights={weights}", *common)
     assert exported.returncode == 0, exported.stderr
