@@ -21,7 +21,7 @@ demo: repository .venv/.installed
 
 # DVC versions experiments in Git, so a folder from a zip file is not enough.
 repository:
-	@test -e .git || { echo "no Git repository here: git init && git add -A && git commit -m start, then make demo again"; exit 1; }
+	@git rev-parse --is-inside-work-tree > /dev/null 2>&1 || { echo "no Git repository here: git init && git add -A && git commit -m start, then make demo again"; exit 1; }
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses=3 --maxschedchunk=1 --cov --cov-report=term-missing --cov-fail-under=99
@@ -43,7 +43,7 @@ mutants: .venv/.installed
 
 # params.yaml as conf/ composes it, with no override: after an edit in conf/, before a commit.
 params: .venv/.installed
-	$(BIN)/python -c "from dvc.utils.hydra import compose_and_dump; compose_and_dump('params.yaml', '$(CURDIR)/conf', None, 'config', '.', [])"
+	$(BIN)/python -c "from dvc.utils.hydra import compose_and_dump; compose_and_dump('params.yaml', __import__('os').path.abspath('conf'), None, 'config', '.', [])"
 
 .venv/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
