@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint mutants bench params repository
+.PHONY: demo test lint format mutants bench params repository
 .DELETE_ON_ERROR:
 
 # The whole pipeline through DVC, on the embedded data set.
@@ -33,6 +33,10 @@ bench: .venv/.installed
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Formats, and mends what ruff can mend.
+format: .venv/.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 # Which single changes of the mathematics no test notices, by name, and the score: about half an hour on one core. In a
 # copy, and there without the decorator, since mutmut leaves a decorated function as it is.

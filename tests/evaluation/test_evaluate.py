@@ -131,6 +131,6 @@ def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
     assert folder() == folder(batch_size=2) == folder(num_samples=9) == first
     changes = [{"steps": 2}, {"seed": 1}, {"eta": 0.5}, {"clip_denoised": False}, {"label": "cat"}, {"compile": True}]
     changes += [{"code": "y"}, {"bf16": True}, {"sampler": group("sampler", "ddpm", steps=3)}]
-    for change in ({"num_timesteps": 9}, {"variance": "fixed_small"}):
+    for change in ({"num_timesteps": 9}, {"variance": "fixed_large"}):
         changes.append({"diffusion": dataclasses.replace(config.diffusion, **change)})
     assert len({first, *(folder(**change) for change in changes)}) == 1 + len(changes)

@@ -147,7 +147,7 @@ BAD = {
     "trainer.batch_size=many": "trainer.batch_size: Value 'many'",
     "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
     "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: allowed are 1 to 1000000",
-    "diffusion.beta_end=1e-5": "diffusion.beta_start=0.0001: must be below beta_end",
+    "diffusion=linear diffusion.beta_end=1e-5": "diffusion.beta_start=0.0001: must be below beta_end",
     "model.attention_resolutions=[7]": "model.attention_resolutions=7: images of 8 pixels have the resolutions [8",
     "model.channel_mult=[1,1,1,1,1]": "model.channel_mult=[1, 1, 1, 1, 1]: images of 8 pixels must be divisible by 16",
     "model.norm_groups=5": "model.norm_groups=5: must divide",
@@ -175,7 +175,7 @@ BAD = {
     "stage=train out_dir=null sampler.guidance_scale=2": "guidance_scale=2.0: the model is not class-conditional",
     "stage=train out_dir=null model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are circle,",
     "stage=train out_dir=null diffusion=sigmoid diffusion.tau=0.001": "diffusion.schedule=sigmoid: betas must be",
-    "stage=sample diffusion=cosine": "diffusion.schedule=cosine: the model in",
+    "stage=sample diffusion=linear": "diffusion.schedule=linear: the model in",
 }
 
 

@@ -61,7 +61,7 @@ def test_what_can_run_is_let_through(root):
 
 
 NOISE = {
-    "diffusion=linear diffusion.num_timesteps=100": "alphas_cumprod ends at 0.36, ",
+    "diffusion=linear diffusion.num_timesteps=100": "alphas_cumprod ends at 0.36: x_T",
     "diffusion=linear_scaled diffusion.num_timesteps=100": "",
     "diffusion=linear diffusion.num_timesteps=440": "alphas_cumprod ends at 0.01",
     "diffusion=linear diffusion.num_timesteps=480": "",
