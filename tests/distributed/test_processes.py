@@ -360,6 +360,12 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda have=have: have)
         with pytest.raises(ConfigError, match=rf"trainer\.nproc={local[1]}: this machine has {have} CUDA devices"):
             collectives._take_device(*local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(collectives, "connect", lambda: (None, 0, 3))
+    for name, value in {"WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"trainer\.nproc=3"), collectives.group("auto"):
+        pass
 
 
 def test_a_machine_knows_its_processes_by_its_name(tmp_path, monkeypatch):
