@@ -2,8 +2,8 @@
 
 import os
 import sys
-from importlib.util import find_spec
 from collections.abc import Callable
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and threads that wait for a core waste it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first product of a process
