@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# DVC asks for a name, which a user who is only a number, as in some containers, does not have.
+export LOGNAME ?= user
 
 .PHONY: demo test lint format mutants bench params repository
 .DELETE_ON_ERROR:
