@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# DVC asks for a name, which a user who is only a number, as in some containers, does not have.
+export LOGNAME ?= user
 
-.PHONY: demo test lint mutants bench params repository
+.PHONY: demo test lint format mutants bench params repository
 .DELETE_ON_ERROR:
 
 # The whole pipeline through DVC, on the embedded data set.
@@ -21,7 +23,7 @@ demo: repository .venv/.installed
 
 # DVC versions experiments in Git, so a folder from a zip file is not enough.
 repository:
-	@test -e .git || { echo "no Git repository here: git init && git add -A && git commit -m start, then make demo again"; exit 1; }
+	@git rev-parse --is-inside-work-tree > /dev/null 2>&1 || { echo "no Git repository here: git init && git add -A && git commit -m start, then make demo again"; exit 1; }
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses=3 --maxschedchunk=1 --cov --cov-report=term-missing --cov-fail-under=99
@@ -34,6 +36,10 @@ bench: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# Formats, and mends what ruff can mend.
+format: .venv/.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
 # Which single changes of the mathematics no test notices, by name, and the score: about half an hour on one core. In a
 # copy, and there without the decorator, since mutmut leaves a decorated function as it is.
 mutants: .venv/.installed
@@ -43,7 +49,7 @@ mutants: .venv/.installed
 
 # params.yaml as conf/ composes it, with no override: after an edit in conf/, before a commit.
 params: .venv/.installed
-	$(BIN)/python -c "from dvc.utils.hydra import compose_and_dump; compose_and_dump('params.yaml', '$(CURDIR)/conf', None, 'config', '.', [])"
+	$(BIN)/python -c "from dvc.utils.hydra import compose_and_dump; compose_and_dump('params.yaml', __import__('os').path.abspath('conf'), None, 'config', '.', [])"
 
 .venv/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -58,10 +58,11 @@ def run(cfg: DictConfig) -> None:
 def main() -> None:
     """Runs the command line; what a user can put right is one line, without a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU: log_ndtr of bits/dim
     logging.raiseExceptions = False  # a log file on a full disk must not hide what went wrong
     keep_streams()
-    sys.argv += launcher.overrides()
     try:
+        sys.argv += launcher.overrides()
         with stop_requests():
             run()
     except Exception as error:  # what Hydra raises before `run`

@@ -1,5 +1,6 @@
 """From settings to an untrained DiffusionModel. Only checks that need the data are here, see config.py."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,9 @@ from modeling.diffusion.unet import UNet
 from modeling.reliability.errors import ConfigError, require
 from modeling.seeds import step_seed
 from modeling.settings import DiffusionConfig, ModelConfig, SamplerConfig, affects, own_keys
+
+log = logging.getLogger(__name__)
+SIGNAL_LEFT = 0.01  # of the image's variance at the last time step: more spoils the samples. Ho et al. 2020 leave 4e-5
 
 
 def check_image_size(m: ModelConfig, height: int, width: int) -> None:
@@ -66,6 +70,17 @@ def build_network(m: ModelConfig, diffusion: DiffusionConfig, image_shape: Seque
     require(classes_fit, "model.class_conditional", True, "the data has no classes (for a folder: sub-folders)")
     out_channels = 2 * channels if diffusion.variance == "learned" else channels
     return UNet(height, channels, out_channels=out_channels, num_classes=num_classes if conditional else 0, **options)
+
+
+def check_schedule(config: DiffusionConfig) -> None:
+    """Raises ConfigError as build_schedule does; warns of a schedule that ends before it reaches noise."""
+    left = build_schedule(config).alphas_cumprod[-1].item()
+    if left > SIGNAL_LEFT:
+        log.warning(
+            "diffusion: alphas_cumprod ends at %.2g: x_T still shows the image, and sampling begins with noise that "
+            "training never sees: choose diffusion=linear_scaled, diffusion=cosine or more diffusion.num_timesteps",
+            left,
+        )
 
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:

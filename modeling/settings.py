@@ -4,6 +4,7 @@ A group whose keys depend on a choice has a base class for the common keys and a
 of its own. Imports no torch, so that main.py starts fast.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -118,6 +119,14 @@ class LinearConfig(DiffusionConfig):
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         yield self.beta_start < self.beta_end, "beta_start", f"must be below beta_end={self.beta_end}"
+
+
+@dataclass(kw_only=True)
+class LinearScaledConfig(LinearConfig):
+    def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
+        yield from super().fits(config)
+        least = math.floor(1000 * self.beta_end) + 1
+        yield self.num_timesteps >= least, "num_timesteps", f"must be at least {least} for beta_end={self.beta_end}"
 
 
 @dataclass(kw_only=True)
@@ -260,7 +269,7 @@ class TopConfig(Group):
     stage: str = _one_of(*STAGES)
     out_dir: str | None
     seed: int = _not_negative()
-    device: str = _one_of("auto", "cpu", "cuda")
+    device: str = _one_of("auto", "cpu", "cuda", "mps")
     precision: str = _one_of("auto", "bf16", "fp32")
     deterministic: bool
     threads: int | None = _at_least(1, "for what PyTorch chooses", "nothing")
@@ -302,7 +311,13 @@ GROUPS = {
     "diffusion": Schema(
         DiffusionConfig,
         "schedule",
-        {"linear": LinearConfig, "cosine": DiffusionConfig, "sigmoid": SigmoidConfig, "tabulated": TabulatedConfig},
+        {
+            "linear": LinearConfig,
+            "linear_scaled": LinearScaledConfig,
+            "cosine": DiffusionConfig,
+            "sigmoid": SigmoidConfig,
+            "tabulated": TabulatedConfig,
+        },
     ),
     "optimizer": Schema(
         OptimizerConfig,

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and threads that wait for a core waste it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first product of a process
@@ -19,7 +20,21 @@ from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
 LONG = ("test_processes", "test_dvc_resume", "test_pipeline", "test_kill", "test_benchmarks", "test_faults")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What compares with peers or runs a linter is left out, and said so, where requirements-dev.txt is not installed.
+DEV = find_spec("diffusers") is not None
+NEED_DEV = ["diffusion/test_peers.py", "interop/test_diffusers.py", "test_benchmarks.py"]
+collect_ignore = [] if DEV else NEED_DEV
+
+
+def pytest_report_header() -> str:
+    left_out = f"left out are {', '.join(NEED_DEV)} and the tests marked dev"
+    return "" if DEV else f"requirements-dev.txt is not installed: {left_out}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not DEV:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("dev")])
+        items[:] = [item for item in items if not item.get_closest_marker("dev")]
     # What takes long begins first, so that no worker is left with it alone at the end.
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.is_available():

@@ -9,7 +9,10 @@ from helpers.pipeline import ROOT
 
 from modeling.settings import GROUPS, STAGES
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FOLDERS = ("modeling", "tests", "conf", "docs", "benchmarks")
 NO_KEYS = {"json", "safetensors", "py", "test"}  # data.json is no key of the group data
 TESTS = {

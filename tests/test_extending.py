@@ -44,16 +44,25 @@ def test_a_patch_applies_by_itself_and_touches_few_files(section):
     assert len(set(re.findall(r"^\+\+\+ b/(.+)$", patch, re.M))) <= MOST_FILES[section]
 
 
-def test_what_the_page_adds_works(tmp_path):
-    """All patches in one copy of the repository, and one process for all that they add."""
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the repository with all patches."""
     copy = copy_repository(tmp_path)
     for (patch,) in PATCHES.values():
         apply(copy, patch)
+    return copy
+
+
+@pytest.mark.dev
+def test_what_the_page_adds_is_in_style(copy):
     for check in (["check"], ["format", "--check"]):
         command = [sys.executable, "-m", "ruff", *check, "--config", ROOT / "pyproject.toml", "modeling"]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
+
+def test_what_the_page_adds_works(copy, tmp_path):
+    """One process for all of it."""
     random, arrays = np.random.default_rng(0), {}
     for split, n in ("train", 40), ("test", 16):
         arrays[f"{split}_images"] = random.integers(0, 256, (n, 8, 8, 3), np.uint8)

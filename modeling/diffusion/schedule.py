@@ -18,6 +18,12 @@ def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tens
     return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
 
 
+def linear_scaled_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Linear betas that reach noise for any T: those of T = 1000 times 1000 / T (as in Nichol and Dhariwal's code)."""
+    scale = 1000 / num_timesteps
+    return linear_betas(num_timesteps, scale * beta_start, scale * beta_end)
+
+
 def cosine_betas(num_timesteps: int, offset: float = 0.008) -> Tensor:
     """Betas for which alphas_cumprod is a squared cosine (Nichol and Dhariwal 2021, equation 17).
 
@@ -56,6 +62,7 @@ def _betas(alphas_cumprod: Tensor, max_beta: float = 0.999) -> Tensor:
 # By the name in the configuration: from num_timesteps and the schedule's own keys to float64 betas [T].
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": linear_betas,
+    "linear_scaled": linear_scaled_betas,
     "cosine": cosine_betas,
     "sigmoid": sigmoid_betas,
     "tabulated": tabulated_betas,
@@ -105,6 +112,10 @@ class NoiseSchedule(nn.Module):
         for name, value in constants.items():
             # Derived from the configuration, so not part of a saved model.
             self.register_buffer(name, value, persistent=False)
+
+    def table(self) -> Tensor:
+        """alphas_cumprod for samplers: float64 [T] on the CPU, also where the device has rounded its constants."""
+        return (1 - self.betas.cpu().double()).cumprod(0)
 
     @property
     def num_timesteps(self) -> int:

@@ -50,33 +50,51 @@ def share(n: int) -> range:
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """Within the context, the processes that torchrun or the launcher started, if any, form one group.
+    """Within the context, the processes of this job, if it has several, form one group; see job.py.
 
     Unless `device` is cpu, every process of a machine with CUDA takes a device of its own.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    cuda = device != "cpu" and torch.cuda.is_available()
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    if cuda:
-        have = torch.cuda.device_count()
-        allowed = f"this machine has {have} CUDA devices, one for each process; allowed are 1 to {have}, or device=cpu"
-        require(have >= local, "trainer.nproc", local, allowed)
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink SHARP's sums differ from call to call
-    if local == int(os.environ["WORLD_SIZE"]):
+    require(device != "mps", "device", device, "for one process only; several of them use cpu or cuda")
+    with _connection():
+        store, index, size = connect()
+        local_rank, local_size = _place(store, index, size)
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        _take_device(local_rank, local_size)
+    if local_size == size:
         # gloo looks up the host name, which may not resolve; a single machine needs no network.
         loopback = (name for _, name in socket.if_nameindex() if name.startswith("lo"))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", next(loopback, ""))
     with _connection():
-        store, index, size = connect()
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=TIMEOUT)
     yield
     # Not after a failure: it would wait for a process that has ended.
     barrier()
     dist.destroy_process_group()
+
+
+def _place(store: Any, index: int, size: int) -> tuple[int, int]:
+    """The index of this process among those of its machine, and their number."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    store.set(f"host/{index}", socket.gethostname())
+    hosts = [store.get(f"host/{k}") for k in range(size)]
+    return hosts[:index].count(hosts[index]), hosts.count(hosts[index])
+
+
+def _take_device(local_rank: int, local_size: int) -> None:
+    """Makes this process's CUDA device the current one; ConfigError if there are too few."""
+    have = torch.cuda.device_count()
+    if have == 1 and JOB not in os.environ:  # srun --gpus-per-task shows each process its own one only
+        local_rank, local_size = 0, 1
+    allowed = f"this machine has {have} CUDA devices, one for each process; allowed are 1 to {have}, or device=cpu"
+    require(have >= local_size, "trainer.nproc", local_size, allowed)
+    torch.cuda.set_device(local_rank)
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink SHARP's sums differ from call to call
 
 
 def connect() -> tuple[Any, int, int]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from modeling.distributed.job import settle
 from modeling.reliability.errors import ConnectionLost, Stopped, require
 from modeling.reliability.signals import JOB, STOP_FILE, resume_command, stop_requested
 from modeling.settings import Config
@@ -33,7 +34,11 @@ def _rank() -> int:
 
 
 def overrides() -> list[str]:
-    """Hydra's overrides by which one process alone has an output folder and a log file."""
+    """Hydra's overrides by which one process alone has an output folder and a log file; settles which one that is.
+
+    UserError if that cannot be told, see job.py.
+    """
+    settle()
     if _rank() > 0:
         return ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
     quoted = os.environ.get(RUN_DIR, "").replace("\\", "\\\\").replace("'", "\\'")
@@ -44,7 +49,7 @@ def workers_to_start(config: Config, multirun: bool) -> int:
     """Checks the number of processes; gives the number of workers to launch, 0 if this process does the work itself."""
     nproc, started = config.trainer.nproc, int(os.environ.get("WORLD_SIZE", "1"))
     agree = "WORLD_SIZE" not in os.environ or nproc in (1, started)
-    require(agree, "trainer.nproc", nproc, f"torchrun has started {started} processes; leave it out")
+    require(agree, "trainer.nproc", nproc, f"the job has {started} processes already; leave it out")
     count, batch_size = max(nproc, started), config.trainer.batch_size
     require(count == 1 or not multirun, "trainer.nproc", count, "not with --multirun; dvc exp run --queue sweeps")
     divides = config.stage not in ("all", "validate", "train") or batch_size % count == 0

@@ -64,7 +64,7 @@ def bits_per_dim(
         def term(t: Tensor) -> Tensor:
             poll()
             with compute.autocast():
-                return model.bound_term(x_0, t.to(compute.device), noise(), y=y).double().cpu()
+                return model.bound_term(x_0, t.to(compute.device), noise(), y=y).cpu().double()
 
         decoder = term(torch.zeros(len(x_0), dtype=torch.int64))
         middle = torch.zeros(len(x_0), dtype=torch.float64)
@@ -72,7 +72,7 @@ def bits_per_dim(
             tell(k / len(ranges))
             t = torch.cat([torch.randint(first, end, (1,), generator=g) for g in generators])
             middle += (end - first) * term(t)
-        return torch.stack([prior_term(model.schedule, x_0).double().cpu(), middle, decoder], dim=1)
+        return torch.stack([prior_term(model.schedule, x_0).cpu().double(), middle, decoder], dim=1)
 
     empty = torch.empty(0, 3, dtype=torch.float64)
     table = sharded_batches("bits/dim", len(data.images), batch_size, terms, empty).T.contiguous()  # [3, N]

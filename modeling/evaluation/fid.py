@@ -142,14 +142,24 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
+def enough_neighbours(samples: int, references: int) -> bool:
+    """Whether every image has the neighbours beside itself that precision and recall look for."""
+    return min(samples, references) > NEIGHBOURS
+
+
 def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str, float]:
-    """All metrics of samples with pool features [N, D] and logits [N, K] against a reference [M, D]."""
+    """All metrics of samples with pool features [N, D] and logits [N, K] against a reference [M, D].
+
+    Without precision and recall if there are too few images, see `enough_neighbours`.
+    """
     n = len(pool)
     log.info("FID and its relatives of %d samples", n)
     subset = min(KID_SUBSET, n, len(reference))
     with stopped_at_once():  # minutes for 50,000 samples
         found = kid_features_to_metric(pool, reference, kid_subset_size=subset, verbose=False)
         found |= isc_features_to_metric(logits)
-        found |= prc_features_to_metric(pool, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+        if enough_neighbours(n, len(reference)):
+            options = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
+            found |= prc_features_to_metric(pool, reference, **options)
         found[KEY_METRIC_FID] = frechet_distance(pool, reference)
-    return {name if n >= MIN_SAMPLES else f"{name}_{n}": found[key] for name, key in METRICS.items()}
+    return {name if n >= MIN_SAMPLES else f"{name}_{n}": found[key] for name, key in METRICS.items() if key in found}

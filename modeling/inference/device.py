@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +27,20 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The float type of the most digits that a device has: float64, but float32 on MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds, of time.perf_counter, when the device has done all that it was asked for."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @dataclass(frozen=True)
 class Compute:
     """A device, and whether its networks run under bf16 autocast."""
@@ -43,6 +58,8 @@ class Compute:
         """Seeds the device's default generator; torch.manual_seed also seeds all others and inspects the call stack."""
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
         else:
             torch.default_generator.manual_seed(seed)
 
@@ -53,10 +70,14 @@ class Compute:
         """
         if self.device.type == "cuda":
             return images.to(self.device) if images.nbytes <= torch.cuda.mem_get_info(self.device)[0] / 2 else images
+        if self.device.type == "mps":
+            return images.to(self.device) if images.nbytes <= PLACE_AT_MOST else images
         return images.contiguous() if images.nbytes <= PLACE_AT_MOST else images
 
     def place_model(self, model: Module) -> Module:
         """The model on the device; channels-last on CUDA only: what convolutions gain on a CPU, GroupNorm loses."""
+        if widest(self.device) == torch.float32:
+            model = model.float()  # the constants of the schedule, which are rounded where they are used in any case
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         return model.to(self.device).to(memory_format=layout)
 
@@ -73,15 +94,17 @@ class Compute:
 
     def describe(self) -> str:
         """The device and the precision, for people."""
-        cuda = self.device.type == "cuda"
         threads = torch.get_num_threads()
-        cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
-        name = torch.cuda.get_device_name(self.device) if cuda else cpu
+        name = f"CPU, {threads} thread{'s' * (threads > 1)}"
+        if self.device.type != "cpu":
+            name = "Apple GPU by MPS" if self.device.type == "mps" else torch.cuda.get_device_name(self.device)
         return f"{name}, {'bf16 autocast' if self.bf16 else 'float32'}"
 
 
 def choose_compute(device: str, precision: str, deterministic: bool = False, threads: int | None = None) -> Compute:
     """Resolves `auto`: CUDA where there is one; bf16 where the hardware computes in it. ConfigError if it is not there.
+
+    MPS, which computes in float32 here, is never chosen by itself.
 
     `deterministic`: for the rest of this process, the same bits each time on CUDA too, which is slower; if not, cuDNN
     searches for its fastest kernels. A CPU gives the same bits in any case. `threads`: of a CPU; None: PyTorch chooses.
@@ -91,8 +114,10 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device=mps: PyTorch finds no Apple GPU here; allowed are auto, cpu")
     # "cuda" is the current device; each of several processes has made another one current: see collectives.py.
-    chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    chosen = torch.device("cuda" if cuda and device in ("auto", "cuda") else device.replace("auto", "cpu"))
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: 1.5 s
         torch.use_deterministic_algorithms(deterministic)
     settings: Any = torch.utils.deterministic
@@ -106,6 +131,10 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:
             raise ConfigError("precision=bf16: this CUDA device has none; allowed are auto, fp32")
+    elif chosen.type == "mps":
+        if precision == "bf16":
+            raise ConfigError("precision=bf16: not with device=mps; allowed are auto, fp32")
+        has_bf16 = False
     else:
         capabilities: Any = torch.cpu.get_capabilities()
         _keep_freed_memory()

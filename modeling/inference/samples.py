@@ -68,7 +68,7 @@ def draw_samples(
     `label` is that of all samples of a class-conditional model; None: sample k is of class k modulo their number.
     `watch` sees every (x_t, t) of the batch that begins with sample 0.
     """
-    abar = model.schedule.alphas_cumprod
+    abar = model.schedule.table()
     timesteps = timestep_subsequence(abar, sampler.steps, sampler.spacing)
 
     def draw(rows: range, tell: Callable[[float], None]) -> Tensor:

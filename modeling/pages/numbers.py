@@ -50,7 +50,7 @@ def label(metric: str) -> str:
 def formatted(metric: str, value: Any) -> str:
     """A value in the digits that mean something; whatever is no number as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+        return "unknown" if value is None else str(value)  # null in JSON: not a number
     return FORMATS.get("fid" if is_fid(metric) else metric, "{:.4g}").format(value)
 
 

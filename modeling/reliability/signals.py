@@ -20,6 +20,7 @@ from modeling.reliability.errors import Stopped
 
 log = logging.getLogger(__name__)
 JOB = "MODELING_JOB"  # the environment variable that names the folder which the launcher and its workers share
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # the one that tells torchrun's workers from those of others
 STOP_FILE = "stop"  # in that folder: all workers are to stop
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish")  # between DVC and its stage
@@ -64,7 +65,7 @@ def stop_requests() -> Iterator[None]:
     def handler(number: int, frame: FrameType | None) -> None:
         global _requested
         again, _requested = _requested, True
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if TORCHRUN not in os.environ:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
         if _at_once and not again:
@@ -97,8 +98,8 @@ def _stop_without_dvc() -> None:
 def resume_command(typed: Sequence[str], resume: str = "auto") -> str:
     """The command that resumes, with `auto` in place of trainer.resume=never; only described if it was not `typed`."""
     instead = " with trainer.resume=auto" if resume == "never" else ""
-    for variable, command in (("DVC_STAGE", "dvc"), ("MASTER_ADDR", "torchrun")):
+    for variable, command in (("DVC_STAGE", "dvc command"), (TORCHRUN, "torchrun command"), ("MASTER_ADDR", "command")):
         if variable in os.environ:
-            return f"the same {command} command{instead}"
+            return f"the same {command}{instead}"
     words = [word for word in typed if not (instead and word.startswith("trainer.resume="))]
     return shlex.join(["python", *words, *instead.split()[1:]])

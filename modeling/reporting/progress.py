@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from modeling.inference.device import now
 from modeling.reliability.terminal import Bar, duration
 from modeling.settings import TrainerConfig
 
@@ -39,11 +40,11 @@ class Progress:
         assert self.bar is not None
         done = step - self.first
         if done == 1:
-            now, steady = self._now(), self.device.type == "cpu" and not self.trainer.compile
-            if not (steady and self._estimated(now - self.since, 1)):
-                self.since = now
+            time_now, steady = now(self.device), self.device.type == "cpu" and not self.trainer.compile
+            if not (steady and self._estimated(time_now - self.since, 1)):
+                self.since = time_now
         elif time.perf_counter() - self.since > MEASURE_FOR:
-            self._estimated(self._now() - self.since, done - 1)
+            self._estimated(now(self.device) - self.since, done - 1)
         if step == self.trainer.steps:
             self.bar.shown_at = time.perf_counter()  # `logged` will show more
         self.bar.to(step, lambda: self._values(loss()))
@@ -60,12 +61,6 @@ class Progress:
         if per_step * steps > LONG and self.device.type == "cpu":
             log.info("that is long for a CPU: experiment=cifar10_cpu takes half an hour, experiment=demo minutes")
         return True
-
-    def _now(self) -> float:
-        """The time when the device has done all steps so far."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def logged(self, step: int, row: Mapping[str, float]) -> None:
         assert self.bar is not None

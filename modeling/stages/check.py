@@ -9,7 +9,6 @@ import logging
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from modeling.checkpoints.checkpoint import checkpoints, step_of
 from modeling.checkpoints.run_folder import Run
 from modeling.data.prepared import Prepared, prepared_folder, write_prepared
 from modeling.evaluation import fid
-from modeling.inference.device import Compute, choose_compute
+from modeling.inference.device import Compute, choose_compute, now
 from modeling.recipe import check_keys
 from modeling.reliability.errors import ConfigError, UserError, explain
 from modeling.reliability.files import sharers, state_root
@@ -142,19 +141,14 @@ def _noise(folder: Path, shape: list[int], classes: list[str], count: int) -> Pr
 def _seconds_per_step(trainer: Trainer) -> float:
     trainer.model.train()
     trainer.train_step()  # the first takes longer
-    start = _now(trainer)
+    device = trainer.compute.device
+    start = now(device)
     for steps in itertools.count(1):
         poll()
         trainer.train_step()
-        if (passed := _now(trainer) - start) > MEASURE[1] and steps >= MEASURE[0]:
+        if (passed := now(device) - start) > MEASURE[1] and steps >= MEASURE[0]:
             return passed / steps
     raise AssertionError
-
-
-def _now(trainer: Trainer) -> float:
-    if trainer.compute.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _free_memory(compute: Compute) -> int:

@@ -61,7 +61,7 @@ def run(config: Config, out: Path) -> None:
     report = _likelihood(config, model, data.test, compute) | {"made_on": compute.describe()}
     shown, frames = STRIP
     shown = min(shown, config.sampler.num_samples)
-    strip = DenoisingStrip(model.schedule.alphas_cumprod, config.sampler, shown, frames)
+    strip = DenoisingStrip(model.schedule.table(), config.sampler, shown, frames)
     count = max(config.sampler.num_samples, config.evaluation.num_samples)
     drawn = torch.cat([*configured_samples(config, model, meta, count, compute, strip)])
     images = drawn[: config.sampler.num_samples]
@@ -77,6 +77,7 @@ def run(config: Config, out: Path) -> None:
     found, held_out = _nearest(images, data, meta)
     report |= {"nearest_rms": found.rms[:, 0].mean().item(), "nearest_rms_of_test_images": held_out.rms.mean().item()}
     _save_pictures(target, images, found, strip, config, model, meta)
+    _mention_nan(report, f"too few images, {len(data.train.images)} to train and {len(data.test.images)} to test")
     write_json(target / "evaluate-details.json", report)
     write_json(target / "evaluate.json", _metrics(report))
     log_evaluation(config, meta, report, target)
@@ -151,6 +152,15 @@ def _metrics(report: dict[str, Any]) -> dict[str, float]:
     return {name: report[key] for key, name in names.items()} | fids
 
 
+def _mention_nan(report: dict[str, Any], why: str) -> None:
+    """Notes under `null` which numbers of the report are none, and why: the files have null for them."""
+    numbers = [*report.items(), *report["quality"].items()]
+    names = [name for name, value in numbers if isinstance(value, float) and not math.isfinite(value)]
+    if names:
+        report["null"] = f"{', '.join(names)}: {why}"
+        log.warning("null in %s", report["null"])
+
+
 def _save_pictures(
     target: Path,
     images: Tensor,
@@ -202,4 +212,7 @@ def _quality(
     metrics = fid.quality_metrics(pool, logits, reference) if is_first() else {}
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     made = {"num_samples": e.fid_samples, "reference": f"{len(train)} training images, not flipped"}
+    if not fid.enough_neighbours(e.fid_samples, len(train)):
+        made["without"] = f"precision and recall, which look for {fid.NEIGHBOURS} neighbours of each image"
+        log.warning("without %s: there are %d training images", made["without"], len(train))
     return metrics | made | sampling_facts(config, model, meta, compute) | {"inception_sha256": inception.sha256}

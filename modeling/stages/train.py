@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from modeling.build import build_model, check_sampler
+from modeling.build import build_model, check_sampler, check_schedule
 from modeling.checkpoints.model_file import save_model
 from modeling.checkpoints.run_folder import Run, write_notes
 from modeling.data.prepared import Prepared, ensure_prepared
@@ -49,6 +49,8 @@ def run(config: Config, out: Path) -> None:
     classes = data.classes if config.model.class_conditional else []
     # Now, not after the training.
     check_sampler(config.sampler, config.diffusion.num_timesteps, classes, config.trainer.label_dropout)
+    if config.stage == "train" and "DVC_STAGE" not in os.environ:  # else stage validate has said it
+        check_schedule(config.diffusion)
     model = build_model(config.model, config.diffusion, data.shape, len(data.classes), config.seed)
     model = compute.place_model(model)
     if not is_first():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from modeling.build import build_network, build_schedule, check_sampler
+from modeling.build import build_network, check_sampler, check_schedule
 from modeling.checkpoints.run_folder import start_checkpoint
 from modeling.data.prepared import Prepared, prepared_folder
 from modeling.data.sources import FORMS
@@ -33,7 +33,7 @@ def run(config: Config, out: Path) -> None:
     weights = config.evaluation.inception_weights
     if weights is not None and config.evaluation.fid_samples is not None:
         existing("evaluation.inception_weights", weights)
-    build_schedule(config.diffusion)
+    check_schedule(config.diffusion)
     if form := known_form(config):
         shape, classes = form
         with torch.device("meta"):  # without memory

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modeling.data.prepared import LabelledImages
 from modeling.diffusion.model import DiffusionModel
-from modeling.inference.device import Compute, send
+from modeling.inference.device import Compute, send, widest
 from modeling.inference.images import to_model
 from modeling.seeds import step_seed
 from modeling.settings import Config
@@ -26,7 +26,7 @@ def draw_timesteps(n: int, num_timesteps: int, stratified: bool, generator: torc
     device = generator.device
     if not stratified:
         return torch.randint(num_timesteps, (n,), generator=generator, device=device)
-    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+    offset = torch.rand((), generator=generator, device=device, dtype=widest(device))
     spread = (offset + torch.arange(n, device=device) / n) % 1
     return (spread * num_timesteps).long().clamp(max=num_timesteps - 1)
 

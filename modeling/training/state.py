@@ -16,6 +16,7 @@ from torch import Tensor
 from modeling.checkpoints.checkpoint import Damaged, read_checkpoint, restore_newest, save_checkpoint
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import barrier, from_first, is_first
+from modeling.inference.device import widest
 from modeling.reliability.errors import ConfigError, UserError, out_of_memory, short
 from modeling.training.ema import EMA
 
@@ -44,13 +45,15 @@ class TrainingState:
         self.step = 0  # optimizer steps done
         self.images = 0  # seen in them
         self.seconds = 0.0  # of training and saving, without evaluation and sampling
-        self.sums: dict[str, Tensor] = {}  # of each logged value since the last log, float64 on the device,
+        self.sums: dict[
+            str, Tensor
+        ] = {}  # of each logged value since the last log, float64 on the device if it has that,
         self.count = 0  # over so many steps
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Adds the values of a step to the sums."""
         if self.sums.keys() != values.keys():  # at first, or after a checkpoint of code that logged other values
-            zero = torch.zeros((), dtype=torch.float64, device=self.device)
+            zero = torch.zeros((), dtype=widest(self.device), device=self.device)
             self.sums, self.count = dict.fromkeys(values, zero), 0
         self.sums = {name: self.sums[name] + value for name, value in values.items()}
         self.count += 1
@@ -122,7 +125,7 @@ class TrainingState:
             self._lay_out_moments()
             if state["device"] != self.device.type:
                 log.warning("the state was made on %s: random numbers differ on %s", state["device"], self.device.type)
-            self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
+            self.sums = {name: total.to(widest(self.device)).to(self.device) for name, total in state["sums"].items()}
             self.count = int(state["count"])
             self.step, self.images, self.seconds = int(state["step"]), int(state["images"]), float(state["seconds"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas, tabulated_betas
+from modeling.diffusion.schedule import (
+    NoiseSchedule,
+    cosine_betas,
+    linear_betas,
+    linear_scaled_betas,
+    sigmoid_betas,
+    tabulated_betas,
+)
 
 
 def test_linear_betas_of_the_paper():
@@ -14,6 +21,14 @@ def test_linear_betas_of_the_paper():
     torch.testing.assert_close(betas.diff(), torch.full((999,), (0.02 - 1e-4) / 999, dtype=torch.float64))
     # Its twenty first steps do not reach noise.
     assert NoiseSchedule(linear_betas(20, 1e-4, 0.02)).alphas_cumprod[-1].item() == pytest.approx(0.817, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_timesteps", [25, 100, 1000, 4000])
+def test_scaled_linear_betas_reach_noise_in_any_number_of_steps(num_timesteps):
+    betas = linear_scaled_betas(num_timesteps, 1e-4, 0.02)
+    torch.testing.assert_close(betas * num_timesteps / 1000, linear_betas(num_timesteps, 1e-4, 0.02))
+    assert betas.sum().item() == pytest.approx(1000 * (1e-4 + 0.02) / 2)  # the same noise, in other steps
+    assert NoiseSchedule(betas).alphas_cumprod[-1] < 1e-4
 
 
 def test_cosine_schedule_is_the_squared_cosine():

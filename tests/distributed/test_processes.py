@@ -228,7 +228,12 @@ def test_the_second_signal_ends_all_processes_at_once(root):
 
 
 def test_another_number_of_processes_goes_on(root, one, record_deviation):
-    main(root, "stage=train", "model.dropout=0", "trainer.steps=2", "trainer.nproc=2")
+    """From two that know each other as srun's, to one."""
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "here"}
+    train = (root, "stage=train", "model.dropout=0", "trainer.steps=2")
+    results = [ended(process) for process in [start(*train, SLURM_PROCID=str(k), **slurm) for k in range(2)]]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "2 processes" in results[0][1] and not results[1][1]
     assert "going on after step 2" in main(root, "model.dropout=0", "trainer.nproc=1")
     check_equal(one, root, "2 processes, then 1", record_deviation)
 
@@ -299,7 +304,7 @@ def config(**changes):
     return SimpleNamespace(stage=stage, device="cpu", trainer=trainer)
 
 
-def test_torchrun_and_nproc_must_agree(monkeypatch):
+def test_a_job_of_several_and_nproc_must_agree(monkeypatch):
     assert launcher.workers_to_start(config(), False) == 0 and launcher.workers_to_start(config(nproc=4), False) == 4
     assert launcher.workers_to_start(config(nproc=3, stage="sample"), False) == 3  # no batch to divide
     assert launcher.workers_to_start(config(nproc=2, stage="prepare"), False) == 0
@@ -307,7 +312,7 @@ def test_torchrun_and_nproc_must_agree(monkeypatch):
     assert launcher.workers_to_start(config(), False) == launcher.workers_to_start(config(nproc=2), False) == 0
     with pytest.raises(ConfigError, match=r"trainer\.batch_size=9: must be divisible by the 2 processes"):
         launcher.workers_to_start(config(batch_size=9), False)
-    with pytest.raises(ConfigError, match=r"trainer\.nproc=4: torchrun has started 2 processes"):
+    with pytest.raises(ConfigError, match=r"trainer\.nproc=4: the job has 2 processes already"):
         launcher.workers_to_start(config(nproc=4), False)
 
 
@@ -343,14 +348,39 @@ def test_who_prints_the_last_line(monkeypatch, tmp_path, capsys):
 
 
 def test_each_process_has_a_device_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    for have, local in ((1, (1, 2)), (2, (1, 2)), (4, (1, 3))):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda have=have: have)
+        collectives._take_device(*local)
+    assert taken == [0, 1, 1]  # a job of srun --gpus-per-task shows each process one
+    monkeypatch.setenv("MODELING_JOB", "x")
+    for have, local in ((1, (0, 2)), (2, (0, 3))):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda have=have: have)
+        with pytest.raises(ConfigError, match=rf"trainer\.nproc={local[1]}: this machine has {have} CUDA devices"):
+            collectives._take_device(*local)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(collectives, "connect", lambda: (None, 0, 3))
+    for name, value in {"WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"trainer\.nproc=3"), collectives.group("auto"):
+        pass
+
+
+def test_a_machine_knows_its_processes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 4)
+    for k, host in enumerate(("a", "b", "b", "b")):
+        store.set(f"host/{k}", host)
+    for k, host, place in ((0, "a", (0, 1)), (3, "b", (2, 3)), (1, "b", (0, 3))):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        assert collectives._place(store, k, 4) == place
+
+
+def test_one_process_alone_uses_mps(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with (
-        pytest.raises(ConfigError, match=r"trainer\.nproc=2: this machine has 1 CUDA devices"),
-        collectives.group("auto"),
-    ):
+    with pytest.raises(ConfigError, match="device=mps: for one process only"), collectives.group("mps"):
         pass
 
 

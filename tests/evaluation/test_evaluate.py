@@ -51,7 +51,7 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
         assert (quality["sampler"], quality["nfe"], quality["seed"], quality["eta"]) == ("ddim", 3, 0, 0)
         assert (quality["device"], quality["precision"], quality["clip_denoised"]) == ("cpu", "float32", True)
         assert quality["inception_sha256"] == pixels.sha256 and len(quality["weights_sha256"]) == 64
-        assert quality["variance"] == "fixed_large" and quality["label"] is None and quality["compile"] is False
+        assert quality["variance"] == "fixed_small" and quality["label"] is None and quality["compile"] is False
         stage(evaluate, *local)
     assert loaded == 2 * [("w", "01234567", CPU.device)]
     assert report()["quality"] == quality and caplog.text.count("once") == 1  # the reference was kept
@@ -62,6 +62,22 @@ def test_quality_is_measured_and_says_how(stage, pixels, no_network, tmp_path, m
     stage(evaluate)
     assert report()["quality"] == {"left_out": "evaluation.fid_samples=null"}
     _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch)
+    _check_that_few_images_are_named(stage, pixels, tmp_path, monkeypatch, caplog)
+
+
+def _check_that_few_images_are_named(stage, pixels, tmp_path, monkeypatch, caplog):
+    """Three to train and one to test: no neighbours, and no standard error."""
+    few = ["data.num_train=3", "data.num_test=1", "evaluation.fid_samples=10"]
+    monkeypatch.setattr(fid, "load_inception", lambda *_: pixels)
+    stage(prepare, *few)
+    stage(evaluate, *few)
+    text = (tmp_path / "reports/evaluate.json").read_text()
+    assert "NaN" not in text and json.loads(text)["bits_per_dim_stderr"] is None and "fid_10" in text
+    details = json.loads((tmp_path / "reports/evaluate-details.json").read_text())
+    assert details["null"] == "bits_per_dim_stderr: too few images, 3 to train and 1 to test"
+    assert details["null"] in caplog.text and "without precision and recall" in caplog.text
+    assert details["quality"]["without"].startswith("precision and recall, which look for 3 neighbours")
+    assert not {"precision_10", "recall_10"} & {*details["quality"]}
 
 
 def test_samples_of_classes_are_recognised_or_not(stage, tmp_path, monkeypatch):
@@ -145,6 +161,6 @@ def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
     assert folder() == folder(batch_size=2) == folder(num_samples=9) == first
     changes = [{"steps": 2}, {"seed": 1}, {"eta": 0.5}, {"clip_denoised": False}, {"label": "cat"}, {"compile": True}]
     changes += [{"code": "y"}, {"bf16": True}, {"sampler": group("sampler", "ddpm", steps=3)}]
-    for change in ({"num_timesteps": 9}, {"variance": "fixed_small"}):
+    for change in ({"num_timesteps": 9}, {"variance": "fixed_large"}):
         changes.append({"diffusion": dataclasses.replace(config.diffusion, **change)})
     assert len({first, *(folder(**change) for change in changes)}) == 1 + len(changes)

@@ -45,6 +45,13 @@ def test_metrics_of_known_sets(generator):
     assert narrow["precision_400"] > 0.9 and narrow["recall_400"] < 0.1
 
 
+def test_precision_and_recall_need_more_images_than_neighbours(generator):
+    pool = torch.randn(10, 2, generator=generator)
+    named = {"precision_10", "recall_10"}
+    assert named <= quality_metrics(pool, pool, pool[:4]).keys()
+    assert not named & quality_metrics(pool, pool, pool[:3]).keys()
+
+
 def test_kid_and_its_spread_over_the_subsets(monkeypatch):
     """Features of x^2 / 2 = 0 or 1 against 0: a subset of two has a KID of (1 + 1)^3 - 1 if both are 1, else of 0."""
     monkeypatch.setattr(fid, "KID_SUBSET", 2)

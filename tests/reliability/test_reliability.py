@@ -1,6 +1,8 @@
 """Errors with a line for the user, atomic files, locks, and stop requests, all in this process."""
 
 import errno
+import json
+import math
 import os
 import signal
 import socket
@@ -66,13 +68,15 @@ def test_a_request_to_the_launcher_or_another_worker_counts(tmp_path, monkeypatc
 
 
 def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):
-    for name in ("DVC_STAGE", "MASTER_ADDR"):
+    for name in ("DVC_STAGE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     assert signals.resume_command(["main.py", "data.path=a b"]) == "python main.py 'data.path=a b'"
     never = ["main.py", "trainer.resume=never", "seed=1"]
     assert signals.resume_command(never) == "python main.py trainer.resume=never seed=1"  # nothing to resume yet
     assert signals.resume_command(never, "never") == "python main.py seed=1 trainer.resume=auto"
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert signals.resume_command(never) == "the same command"  # of srun, say
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert signals.resume_command(never) == "the same torchrun command"
     monkeypatch.setenv("DVC_STAGE", "train")
     assert signals.resume_command(never) == "the same dvc command"
@@ -192,3 +196,8 @@ def test_a_relative_path_means_the_same_place_under_every_way_of_running(tmp_pat
     monkeypatch.setenv("DVC_STAGE", "train")  # in DVC's copy of the repository
     assert files.existing("data.path", "images") == root / "images"
     assert files.existing("data.path", "~/root") == files.existing("data.path", str(root)) == root
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    files.write_json(tmp_path / "x", {"a": math.nan, "b": {"c": [1, -math.inf]}, "d": 0.5})
+    assert json.loads((tmp_path / "x").read_text()) == {"a": None, "b": {"c": [1, None]}, "d": 0.5}

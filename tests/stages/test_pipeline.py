@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from diffusers import DDPMPipeline
 from helpers.configs import group
 from helpers.pipeline import ROOT, TINY, copy_repository, environment, main, spelled_out
 from helpers.processes import Launched
@@ -116,8 +115,11 @@ def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path
     assert list(tmp_path.glob("outputs/*/*/reports/evaluate.json")) and list((state / "runs/data").glob("shapes-*"))
 
 
+@pytest.mark.dev
 def test_models_go_to_diffusers_and_back(trained, state, tmp_path):
     """The library's own pipeline draws our samples from the exported folder, and so do we."""
+    from diffusers import DDPMPipeline  # here, since the other tests of this file need no requirements-dev.txt
+
     weights, common = trained[0] / "models/model.safetensors", ["precision=fp32", f"out_dir={tmp_path}"]
     exported = main(state, tmp_path, "stage=export", f"model.weights={weights}", *common)
     assert exported.returncode == 0, exported.stderr
@@ -147,7 +149,7 @@ BAD = {
     "trainer.batch_size=many": "trainer.batch_size: Value 'many'",
     "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
     "diffusion.num_timesteps=0": "diffusion.num_timesteps=0: allowed are 1 to 1000000",
-    "diffusion.beta_end=1e-5": "diffusion.beta_start=0.0001: must be below beta_end",
+    "diffusion=linear diffusion.beta_end=1e-5": "diffusion.beta_start=0.0001: must be below beta_end",
     "model.attention_resolutions=[7]": "model.attention_resolutions=7: images of 8 pixels have the resolutions [8",
     "model.channel_mult=[1,1,1,1,1]": "model.channel_mult=[1, 1, 1, 1, 1]: images of 8 pixels must be divisible by 16",
     "model.norm_groups=5": "model.norm_groups=5: must divide",
@@ -175,7 +177,7 @@ BAD = {
     "stage=train out_dir=null sampler.guidance_scale=2": "guidance_scale=2.0: the model is not class-conditional",
     "stage=train out_dir=null model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are circle,",
     "stage=train out_dir=null diffusion=sigmoid diffusion.tau=0.001": "diffusion.schedule=sigmoid: betas must be",
-    "stage=sample diffusion=cosine": "diffusion.schedule=cosine: the model in",
+    "stage=sample diffusion=linear": "diffusion.schedule=linear: the model in",
 }
 
 

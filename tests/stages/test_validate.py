@@ -60,6 +60,21 @@ def test_what_can_run_is_let_through(root):
     assert (root / "data/validated").read_text()
 
 
+NOISE = {
+    "diffusion=linear diffusion.num_timesteps=100": "alphas_cumprod ends at 0.36: x_T",
+    "diffusion=linear_scaled diffusion.num_timesteps=100": "",
+    "diffusion=linear diffusion.num_timesteps=440": "alphas_cumprod ends at 0.01",
+    "diffusion=linear diffusion.num_timesteps=480": "",
+    "diffusion=cosine": "",
+}
+
+
+@pytest.mark.parametrize("arguments", NOISE)
+def test_a_schedule_that_does_not_reach_noise_is_named(root, arguments, caplog):
+    validate.run(load(*TINY, *arguments.split()), root)
+    assert NOISE[arguments] in caplog.text and caplog.text.count("diffusion=linear_scaled") == bool(NOISE[arguments])
+
+
 def test_forms_are_those_of_the_sources(root):
     config = load(*TINY)
     (images, _), _, classes = SOURCES["shapes"](num_train=1, num_test=1, image_size=8, seed=0)
@@ -93,9 +108,14 @@ def test_every_recipe_combines_with_every_choice(root, recipe):
         try:
             validate.run(load(*typed, *GIVEN.get(choice, [])), root)
         except ConfigError as error:
-            assert str(error).startswith("model.attention_resolutions=16: images of 8 pixels have")
+            assert str(error).startswith(
+                (
+                    "model.attention_resolutions=16: images of 8 pixels have",
+                    "diffusion.num_timesteps=20: must be at least 21",
+                )
+            )
             refused.add(choice)
-    assert refused == {"tiny": {"ddpm"}, "paper": {"shapes_tiny"}}.get(recipe, set())
+    assert refused == {"tiny": {"ddpm", "linear_scaled"}, "paper": {"shapes_tiny"}}.get(recipe, set())
 
 
 def test_params_that_conf_does_not_compose_to(monkeypatch, caplog):
