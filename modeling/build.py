@@ -14,14 +14,8 @@ from modeling.settings import DiffusionConfig, ModelConfig, SamplerConfig, affec
 
 def check_image_size(m: ModelConfig, height: int, width: int) -> None:
     """Raises ConfigError unless the network fits the images."""
-    require(height == width, "data", f"{width} x {height} pixels", "the images must be square")
-    factor = 2 ** (len(m.channel_mult) - 1)
-    why = f"images of {height} pixels must be divisible by {factor}, for {len(m.channel_mult)} resolutions"
-    require(height % factor == 0, "model.channel_mult", m.channel_mult, why)
-    sizes = [height >> level for level in range(len(m.channel_mult))]
-    for size in m.attention_resolutions:
-        why = f"images of {height} pixels have the resolutions {sizes}"
-        require(size in sizes, "model.attention_resolutions", size, why)
+    if misfit := m.misfit(height, width):
+        raise ConfigError(misfit)
 
 
 def check_sampler(s: SamplerConfig, num_timesteps: int, classes: Sequence[str], label_dropout: float) -> None:
