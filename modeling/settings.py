@@ -71,7 +71,7 @@ def own_keys(config: Group) -> dict[str, Any]:
 @dataclass(kw_only=True)
 class DataConfig(Group):
     name: str
-    # For dvc.yaml alone; with defaults, since a model file does not keep them.
+    # For dvc.yaml alone; with defaults, since older model files do not have them.
     watch: list[str] = field(default_factory=list, metadata={"affects": "nothing"})
     after: str = field(default="validated", metadata={"affects": "nothing"})
 
@@ -354,7 +354,14 @@ GROUPS = {
 }
 
 
+# Keys that older model files do not have, with what was done then.
+_ADDED = {"folder": {"image_size": None, "channels": 3, "background": "white", "skip_unreadable": False}}
+
+
 def parse_group(group: str, values: dict[str, Any]) -> Any:
     """The dataclass of a group from the plain values that a model file holds."""
     schema = GROUPS[group]
-    return (schema.choices[values[schema.key]] if schema.choices else schema.base)(**values)
+    if not schema.choices:
+        return schema.base(**values)
+    choice = values[schema.key]
+    return schema.choices[choice](**{**_ADDED.get(choice, {}), **values})

@@ -123,7 +123,7 @@ def walk(root: Path, passed_over: Counter[str]) -> Iterator[str]:
         visible = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         folders[:] = [name for name in visible if is_new(os.path.join(inner, name))]
         here = os.path.relpath(inner, root)
-        yield from (os.path.normpath(os.path.join(here, name)) for name in names if not name.startswith("."))
+        yield from (os.path.normpath(os.path.join(here, name)) for name in sorted(names) if not name.startswith("."))
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

@@ -96,7 +96,7 @@ def _rgb(image: Image.Image, background: str | list[int], notes: list[str]) -> I
         notes.append("scaled from [0, 1]")
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image)
-    if image.mode in ("CMYK", "HSV", "LAB", "YCbCr"):
+    if image.mode in ("CMYK", "LAB", "YCbCr"):
         notes.append(f"converted from {image.mode}")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -94,7 +94,6 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     _announce(config, compute, data, parameters, run.folder)
     # Of the trainer's keys only those that change weights: else a resumed run would publish another file.
     recipe = {key: resolved[key] for key in RECIPE} | {"trainer": affects(config.trainer, "weights")}
-    recipe["data"] = affects(config.data, "weights")
     recipe["sampler"] = config.sampler.method()
     about: dict[str, Any] = {
         "config": recipe,
