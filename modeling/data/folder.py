@@ -98,7 +98,7 @@ class _Reader:
         first, size = self.first = self.first or (name, shape)
         if shape == size:
             return
-        fits = 1 << min(6, min(*shape[:2], *size[:2]).bit_length() - 1)  # at most 64, which any model can take
+        fits = 1 << max(3, min(6, min(*shape[:2], *size[:2]).bit_length() - 1))  # 8 to 64, which most models can take
         sizes = f"{self.root / name} is {shape[1]} x {shape[0]} pixels, {self.root / first} is {size[1]} x {size[0]}"
         advice = f"data.image_size={fits} resizes the short sides and cuts out the centres"
         raise UserError(f"{sizes}: all images must have one size; {advice}")

@@ -1,6 +1,7 @@
 """A user's folder: what counts as an image, its class and its split; reading all of it in parallel."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -168,6 +169,10 @@ def test_images_of_several_sizes(tmp_path):
         read_folder(tmp_path)
     sizes = r"003\.png is 90 x 35 pixels, .*png is 40 x 40: all images must have one size; data\.image_size=32 resizes"
     assert refused.match(sizes) or refused.match(r"png is 40 x 40 pixels, .*003\.png is 90 x 35.*image_size=32 resizes")
+    write_images(tmp_path / "small", (5, 4), (6, 4), (7, 4))
+    with pytest.raises(UserError, match=r"data\.image_size=8 resizes"):
+        read_folder(tmp_path / "small")
+    shutil.rmtree(tmp_path / "small")
     (train, _), (test, _), _, notes = read_folder(tmp_path, image_size=32)
     assert train.shape == (3, 32, 32, 3) and test.shape == (1, 32, 32, 3) and notes == {"resized or cropped": 4}
 

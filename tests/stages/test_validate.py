@@ -95,7 +95,8 @@ GIVEN["tabulated"] += ["trainer.sample_steps=2", "sampler.steps=3"]
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "experiment").iterdir()))
 def test_every_recipe_combines_with_every_choice(root, recipe):
     """Or is refused for what was typed: a choice that needs a value, or a network that does not fit the images."""
-    write_images(root / "x", (32, 32), (32, 32))
+    for name in "ab":
+        write_images(root / "x" / name, (32, 32))
     refused = set()
     for group, choice in CHOICES:
         typed = [f"experiment={recipe}", f"{group}={choice}", "device=cpu"]
