@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from modeling.build import check_image_size
 from modeling.config import load_config
 from modeling.reliability.errors import UserError
-from modeling.settings import AdamWConfig, DDIMConfig, SGDConfig
+from modeling.settings import AdamWConfig, DDIMConfig, SGDConfig, parse_group
 
 
 def test_defaults_are_the_papers():
@@ -129,6 +129,13 @@ def test_a_string_in_place_of_a_group_is_refused():
 
 def test_a_colour_in_numbers():
     assert load("data=folder", "data.path=x", "data.background=[0,99,255]").data.background == [0, 99, 255]
+
+
+def test_a_model_file_from_before_a_key_was_there():
+    old = {"name": "folder", "path": "x", "test_fraction": 0.1}
+    assert vars(parse_group("data", old)) | {"watch": ["files"], "after": "files"} == vars(
+        group("data", "folder", path="x")
+    )
 
 
 def test_the_network_must_fit_the_images():

@@ -7,12 +7,15 @@ import hashlib
 from pathlib import Path
 
 from modeling.data.folder import listing
+from modeling.reliability.errors import require
 from modeling.reliability.files import existing, write_atomic
 from modeling.settings import Config, own_keys
 
 
 def run(config: Config, out: Path) -> None:
     """Writes data/<data.after> under `out`: another content if there are other files."""
-    found = listing(existing("data.path", own_keys(config.data)["path"]))
+    keys = own_keys(config.data)
+    require("path" in keys, "stage", "watch", f"data={config.data.name} has no files of yours to look at")
+    found = listing(existing("data.path", keys["path"]))
     digest = hashlib.sha256(repr(found).encode()).hexdigest()
     write_atomic(out / "data" / config.data.after, f"{len(found)} files, {digest}\n".encode())

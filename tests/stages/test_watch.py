@@ -31,6 +31,8 @@ def test_other_files_other_content(tmp_path):
     (images / "cat").rename(images / "fox")
     found.append(look())
     assert len({*found}) == 4
+    with pytest.raises(ConfigError, match="stage=watch: data=cifar10 has no files of yours"):
+        watch.run(load(), tmp_path)
 
 
 @pytest.mark.parametrize(
