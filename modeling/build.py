@@ -18,16 +18,8 @@ SIGNAL_LEFT = 0.01  # of the image's variance at the last time step: more spoils
 
 def check_image_size(m: ModelConfig, height: int, width: int) -> None:
     """Raises ConfigError unless the network fits the images."""
-    require(height == width, "data", f"{width} x {height} pixels", "the images must be square")
-    levels, patch = len(m.channel_mult), m.patch_size
-    factor = patch * 2 ** (levels - 1)
-    patches = f" of patches of {patch}" if patch > 1 else ""
-    why = f"images of {height} pixels must be divisible by {factor}, for {levels} resolutions{patches}"
-    require(height % factor == 0, "model.channel_mult", m.channel_mult, why)
-    sizes = [height // patch >> level for level in range(levels)]
-    for size in m.attention_resolutions:
-        why = f"images of {height} pixels have the resolutions {sizes}"
-        require(size in sizes, "model.attention_resolutions", size, why)
+    if misfit := m.misfit(height, width):
+        raise ConfigError(misfit)
 
 
 def check_sampler(s: SamplerConfig, num_timesteps: int, classes: Sequence[str], label_dropout: float) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 MAX_TIMESTEPS = 1_000_000  # T: more would not fit into the memory of a small machine
 BETA_MIN = 1e-8  # below it, the first step would add no noise that a float could tell from none
-STAGES = ("all", "check", "validate", "prepare", "train", "sample", "evaluate", "report", "export")
+COLOURS = ("white", "grey", "black")
+STAGES = ("all", "check", "validate", "watch", "prepare", "train", "sample", "evaluate", "report", "export")
 
 
 def _key(
@@ -35,6 +36,15 @@ _fraction = partial(_key, lambda v: 0 <= v < 1, "must lie in [0, 1)")
 
 def _one_of(*allowed: str) -> Any:
     return _key(lambda v: v in allowed, f"allowed are {', '.join(allowed)}")
+
+
+def _is_colour(value: Any) -> bool:
+    numbers = isinstance(value, list) and len(value) == 3
+    return value in COLOURS or (numbers and all(type(v) is int and 0 <= v <= 255 for v in value))
+
+
+def _typed(values: Iterable[int]) -> str:
+    return f"[{','.join(map(str, values))}]"
 
 
 def _at_least(minimum: int, null: str, affects: str = "weights") -> Any:
@@ -65,6 +75,9 @@ def own_keys(config: Group) -> dict[str, Any]:
 @dataclass(kw_only=True)
 class DataConfig(Group):
     name: str
+    # For dvc.yaml alone; with defaults, since older model files do not have them.
+    watch: list[str] = field(default_factory=list, metadata={"affects": "nothing"})
+    after: str = field(default="validated", metadata={"affects": "nothing"})
 
 
 @dataclass(kw_only=True)
@@ -79,6 +92,15 @@ class ShapesConfig(DataConfig):
 class FolderConfig(DataConfig):
     path: str = _key(lambda v: v != "", "must be the folder of your images")
     test_fraction: float = _key(lambda v: 0 < v < 1, "must lie in (0, 1)")
+    image_size: int | None = _at_least(8, "for images of one size")
+    channels: int = _key(lambda v: v in (1, 3), "allowed are 1 and 3")
+    background: Any = _key(_is_colour, f"allowed are {', '.join(COLOURS)}, or [red, green, blue], each 0 to 255")
+    skip_unreadable: bool
+
+
+@dataclass(kw_only=True)
+class MNISTConfig(DataConfig):
+    image_size: int = _key(lambda v: v >= 28 and v % 2 == 0, "must be even, and at least the 28 pixels of the images")
 
 
 @dataclass(kw_only=True)
@@ -95,6 +117,38 @@ class ModelConfig(Group):
     scale_shift: bool = _key(before=False)
     class_conditional: bool
     weights: str | None = _key(affects="nothing")
+
+    def misfit(self, height: int, width: int) -> str | None:
+        """Why the network cannot take images of this size, with a setting that works; None if it can."""
+        count, patch = len(self.channel_mult), self.patch_size
+        factor = patch * 2 ** (count - 1)
+        levels = next(n for n in range(count, -1, -1) if height % (patch * 2 ** (n - 1) if n else 1) == 0)
+        sizes = [height // patch >> level for level in range(levels)]
+        if height != width or levels == 0 or levels == 1 < count:
+            fitting = [size for size in range(factor, 257, factor) if self._attends(size)]
+            resized = f"data.image_size={min(fitting, key=lambda size: abs(size - min(height, width)), default=factor)}"
+            if height != width:
+                return f"data={width} x {height} pixels: the images must be square; {resized} cuts squares out"
+            works = f"{resized} resizes them"
+        else:
+            nearest = [min(sizes, key=lambda size: abs(size - wanted)) for wanted in self.attention_resolutions]
+            cut = f"model.channel_mult={_typed(self.channel_mult[:levels])} " if levels < count else ""
+            works = f"{cut}model.attention_resolutions={_typed(dict.fromkeys(nearest))} fits {height} x {width}"
+        if levels < count:
+            patches = f" of patches of {patch}" if patch > 1 else ""
+            why = f"images of {height} pixels must be divisible by {factor}, for {count} resolutions{patches}"
+            return f"model.channel_mult={self.channel_mult}: {why}; {works}"
+        for size in self.attention_resolutions:
+            if size not in sizes:
+                why = f"images of {height} pixels have the resolutions {sizes}"
+                return f"model.attention_resolutions={size}: {why}; {works}"
+        return None
+
+    def _attends(self, height: int) -> bool:
+        levels = range(len(self.channel_mult))
+        return {*self.attention_resolutions} <= {
+            height // self.patch_size >> level for level in range(len(self.channel_mult))
+        }
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         divides = self.model_channels % self.norm_groups == 0
@@ -306,7 +360,18 @@ class Schema:
 
 
 GROUPS = {
-    "data": Schema(DataConfig, choices={"cifar10": DataConfig, "shapes": ShapesConfig, "folder": FolderConfig}),
+    "data": Schema(
+        DataConfig,
+        choices={
+            "cifar10": DataConfig,
+            "cifar100": DataConfig,
+            "fashion_mnist": MNISTConfig,
+            "folder": FolderConfig,
+            "mnist": MNISTConfig,
+            "shapes": ShapesConfig,
+            "svhn": DataConfig,
+        },
+    ),
     "model": Schema(ModelConfig),
     "diffusion": Schema(
         DiffusionConfig,
@@ -343,7 +408,14 @@ GROUPS = {
 }
 
 
+# Keys that older model files do not have, with what was done then.
+_ADDED = {"folder": {"image_size": None, "channels": 3, "background": "white", "skip_unreadable": False}}
+
+
 def parse_group(group: str, values: dict[str, Any]) -> Any:
     """The dataclass of a group from the plain values that a model file holds."""
     schema = GROUPS[group]
-    return (schema.choices[values[schema.key]] if schema.choices else schema.base)(**values)
+    if not schema.choices:
+        return schema.base(**values)
+    choice = values[schema.key]
+    return schema.choices[choice](**{**_ADDED.get(choice, {}), **values})

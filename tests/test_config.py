@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from modeling.build import check_image_size
 from modeling.config import load_config
 from modeling.reliability.errors import UserError
-from modeling.settings import AdamWConfig, DDIMConfig, SGDConfig
+from modeling.settings import AdamWConfig, DDIMConfig, SGDConfig, parse_group
 
 
 def test_defaults_are_the_papers():
@@ -44,11 +44,11 @@ BAD = {
     "+trainer.speed=9": "trainer.speed: no such key; allowed are steps, batch_size",
     "+optimizer.speed=9": "optimizer.speed: no such key; allowed are name, lr, warmup_steps",
     "+nonsense=1": "nonsense: no such key; allowed are data, deterministic, device",
-    "stage=fly": "stage=fly: allowed are all, check, validate, prepare, train, sample, evaluate, report, export",
+    "stage=fly": "stage=fly: allowed are all, check, validate, watch, prepare, train, sample, evaluate, report, export",
     "seed=x": "seed: Value 'x' of type 'str' could not be converted to Integer",
     "seed=-1": "seed=-1: must not be negative",
     "data=folder": "data.path: must be given",
-    "data.name=mnist": "data.name=mnist: allowed are cifar10, shapes, folder",
+    "data.name=imagenet": "data.name=imagenet: allowed are cifar10, cifar100, fashion_mnist, folder, mnist,",
     "data.name=shapes": "data.name=shapes: write data=shapes, which sets all keys",
     "model.name=small": "model.name=small: write model=small, which sets all keys",
     "model.channel_mult=[1,a]": "model.channel_mult[1]: Value 'a' of type 'str'",
@@ -96,6 +96,13 @@ BAD = {
     "data=shapes data.seed=-1": "data.seed=-1: must not be negative",
     "data=folder data.path=": "data.path=: must be the folder of your images",
     "data=folder data.path=x data.test_fraction=1": "data.test_fraction=1.0: must lie in (0, 1)",
+    "data=folder data.path=x data.channels=2": "data.channels=2: allowed are 1 and 3",
+    "data=folder data.path=x data.image_size=4": "data.image_size=4: must be at least 8, or null for images of one",
+    "data=folder data.path=x data.background=pink": "data.background=pink: allowed are white, grey, black, or [red,",
+    "data=folder data.path=x data.background=[1,2,256]": "data.background=[1, 2, 256]: allowed are white, grey,",
+    "data=folder data.path=x data.background=[1,2]": "data.background=[1, 2]: allowed are white, grey,",
+    "data=mnist data.image_size=31": "data.image_size=31: must be even, and at least the 28 pixels",
+    "data=fashion_mnist data.image_size=26": "data.image_size=26: must be even, and at least the 28 pixels",
     "optimizer=sgd optimizer.momentum=1": "optimizer.momentum=1.0: must lie in [0, 1)",
     "optimizer=adamw optimizer.weight_decay=-1": "optimizer.weight_decay=-1.0: must not be negative",
     "model.class_conditional=true trainer.label_dropout=1": "trainer.label_dropout=1.0: must lie in [0, 1)",
@@ -121,6 +128,16 @@ def test_a_string_in_place_of_a_group_is_refused():
         load_config(cfg)
 
 
+def test_a_colour_in_numbers():
+    assert load("data=folder", "data.path=x", "data.background=[0,99,255]").data.background == [0, 99, 255]
+
+
+def test_a_model_file_from_before_a_key_was_there():
+    old = {"name": "folder", "path": "x", "test_fraction": 0.1}
+    new = vars(parse_group("data", old)) | {"watch": ["files"], "after": "files"}
+    assert new == vars(group("data", "folder", path="x"))
+
+
 def test_the_network_must_fit_the_images():
     model = load().model
     for size in (32, 64):
@@ -132,3 +149,32 @@ def test_the_network_must_fit_the_images():
     ):
         with pytest.raises(UserError, match=message):
             check_image_size(model, *size)
+
+
+ADVICE = {  # by the model and the images: what the message proposes
+    ("ddpm", 28, 28): "model.channel_mult=[1,2,2] model.attention_resolutions=[14]",
+    ("tiny", 28, 28): "model.attention_resolutions=[7]",
+    ("ddpm", 24, 24): "model.attention_resolutions=[12]",
+    ("tiny", 50, 50): "model.channel_mult=[1,2] model.attention_resolutions=[25]",
+    ("ddpm", 35, 35): "data.image_size=32",
+    ("ddpm", 100, 75): "data.image_size=64",
+    ("tiny", 20, 9): "data.image_size=8",
+}
+
+
+@pytest.mark.parametrize("case", ADVICE, ids=str)
+def test_a_refusal_names_a_setting_that_works(case):
+    choice, height, width = case
+    with pytest.raises(UserError) as refused:
+        check_image_size(load(f"model={choice}").model, height, width)
+    assert f"; {ADVICE[case]} " in str(refused.value)
+    overrides = ADVICE[case].split()
+    if overrides[0].startswith("data.image_size="):
+        height = int(overrides.pop().partition("=")[2])
+    check_image_size(load(f"model={choice}", *overrides).model, height, height)
+
+
+def test_a_network_that_no_size_fits_is_refused_all_the_same():
+    model = load("model=tiny", "model.attention_resolutions=[5,7]").model
+    with pytest.raises(UserError, match=r"must be square; data\.image_size=4 cuts"):
+        check_image_size(model, 8, 9)

@@ -31,7 +31,7 @@ def code(page):
 
 
 def missing_tests(span):
-    for file, name in re.findall(r"(?:(\w+\.py)::)?\b(test_\w+)\b(?!\.py)", span):
+    for file, name in re.findall(r"(?:(\w+\.py)::)?(?<!\.)\b(test_\w+)\b(?!\.py)", span):
         if not any(name == known and file in ("", where) for where, known in TESTS):
             yield f"{file}::{name}" if file else name
 

@@ -7,20 +7,25 @@ not normalised here: see inference/images.py.
 import hashlib
 import json
 import logging
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from modeling.data import shapes, sources
+from modeling.data import folder, pictures, published, shapes, sources
+from modeling.data.pictures import GREY
+from modeling.data.splits import Arrays, Source
 from modeling.reliability.errors import ConfigError, UserError, short
 from modeling.reliability.files import existing, locked, replacing_folder, state_root
 from modeling.reliability.signals import poll
-from modeling.settings import Config, DataConfig, own_keys
+from modeling.reliability.terminal import counts
+from modeling.settings import Config, DataConfig, affects, own_keys
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +47,8 @@ class Prepared:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            meta = json.loads((folder / "data.json").read_text())
+            self.meta: dict[str, Any] = json.loads((folder / "data.json").read_text())
+            meta = self.meta
             self.source: dict[str, Any] = dict(meta["source"])  # the settings that it was made with
             self.classes: list[str] = meta["classes"]
             self.shape: list[int] = meta["shape"]  # (H, W, C) of one image
@@ -73,19 +79,47 @@ class Prepared:
             raise UserError(f"{path} is damaged ({short(error)}): run stage=prepare again") from None
 
 
-def write_prepared(target: Path, source: sources.Source, made_from: dict[str, Any]) -> Prepared:
+def write_prepared(target: Path, source: Source, made_from: dict[str, Any], threads: int = 1) -> Prepared:
     """Writes a prepared folder whole or not at all, else raises UserError; `made_from` are the source's settings."""
     train, test, classes = source
-    arrays = {"train": train[0], "train_labels": train[1], "test": test[0], "test_labels": test[1]}
-    counts = {"num_train": len(train[0]), "num_test": len(test[0])}
-    meta: dict[str, Any] = {"source": made_from, "classes": list(classes), "shape": list(train[0].shape[1:]), **counts}
+    notes: Counter[str] = Counter()
+    sizes: Counter[int] = Counter()
+    meta: dict[str, Any] = {"source": made_from, "classes": list(classes)}
     with replacing_folder(target) as partial:
-        for stem, array in arrays.items():
-            poll()
-            np.save(partial / f"{stem}.npy", np.ascontiguousarray(array))
-        meta["sha256"] = {stem: _sha256(partial / f"{stem}.npy") for stem in arrays}
+        for stem, split in (("train", train), ("test", test)):
+            parts = [split] if isinstance(split, tuple) else split(threads, notes)
+            shape, labels = _write_images(partial / f"{stem}.npy", parts)
+            np.save(partial / f"{stem}_labels.npy", labels)
+            sizes.update(labels.tolist())
+            meta |= {"shape": shape, f"num_{stem}": len(labels)}
+        meta |= {"images_of_classes": {name: sizes[k] for k, name in enumerate(classes)}, "notes": dict(notes)}
+        meta["sha256"] = {path.stem: _sha256(path) for path in sorted(partial.glob("*.npy"))}
         (partial / "data.json").write_text(json.dumps(meta, indent=2) + "\n")
     return Prepared(target)
+
+
+def _write_images(path: Path, parts: Iterable[Arrays]) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Appends images to one .npy file, so that only a part is in the memory; the shape of one, and all labels."""
+    shape: list[int] = []
+    labels: list[npt.NDArray[np.int64]] = []
+
+    def write_header() -> None:  # as long as the first one: NumPy leaves room for a larger count
+        form = {"descr": "|u1", "fortran_order": False, "shape": (sum(map(len, labels)), *shape)}
+        np.lib.format.write_array_header_1_0(file, form)
+
+    with path.open("wb") as file:
+        for images, of_them in parts:
+            poll()
+            if not labels:
+                shape += images.shape[1:]
+                write_header()
+            file.write(np.ascontiguousarray(images).data)
+            labels.append(of_them)
+        if not labels:
+            raise UserError(f"no image for {path.stem}ing can be read")
+        file.seek(0)
+        write_header()
+    return shape, np.concatenate(labels)
 
 
 def prepared_folder(config: Config, data: DataConfig) -> Path:
@@ -94,9 +128,8 @@ def prepared_folder(config: Config, data: DataConfig) -> Path:
         return Path(config.out_dir) / "data" / data.name
     # Whatever kind of path a source has: a file, or the files of a folder.
     found = [existing("data.path", keys["path"])] if "path" in (keys := own_keys(data)) else []
-    files = sorted(p for path in found for p in (path, *path.rglob("*")) if p.is_file())
-    key = asdict(data) | {"files": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
-    key["code"] = [Path(str(module.__file__)).read_text() for module in (shapes, sources)]
+    key = affects(data, "weights") | {"files": [(str(path), folder.listing(path)) for path in found]}
+    key["code"] = [Path(str(module.__file__)).read_text() for module in (folder, pictures, published, shapes, sources)]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return state_root() / "runs" / "data" / f"{data.name}-{digest}"
 
@@ -106,12 +139,26 @@ def prepare(config: Config, data: DataConfig, again: bool) -> Prepared:
     target = prepared_folder(config, data)
     with locked(target.with_name(f".{target.name}.lock"), wait=True):
         if again or not (target / "data.json").exists():
-            train, test, classes = sources.SOURCES[data.name](**own_keys(data))
-            prepared = write_prepared(target, (train, test, classes), asdict(data))
-            size = " x ".join(map(str, prepared.shape))
-            log.info("data: %s, %d + %d images of %s, in %s", data.name, len(train[0]), len(test[0]), size, target)
+            source = sources.SOURCES[data.name](**own_keys(data))
+            threads = config.threads or torch.get_num_threads()
+            prepared = write_prepared(target, source, affects(data, "weights"), threads)
+            _tell(prepared)
             return prepared
         return Prepared(target)
+
+
+def _tell(prepared: Prepared) -> None:
+    """Says once what was done to the images, and what there is now."""
+    meta, notes = prepared.meta, prepared.meta["notes"]
+    train, test = meta["num_train"], meta["num_test"]
+    if notes:
+        log.info("of %s images: %s", f"{train + test:,}", counts(notes))
+    if notes.get(GREY) == train + test and prepared.shape[2] == 3:
+        log.info("all images are grey: data.channels=1 makes one channel of three")
+    size = " x ".join(map(str, prepared.shape))
+    log.info("data: %s, %d + %d images of %s, in %s", prepared.source["name"], train, test, size, prepared.folder)
+    if len(sizes := meta["images_of_classes"]) > 1:
+        log.info("%d classes: %s", len(sizes), counts(sizes))
 
 
 def ensure_prepared(config: Config, data: DataConfig) -> Prepared:
@@ -119,11 +166,15 @@ def ensure_prepared(config: Config, data: DataConfig) -> Prepared:
     target = prepared_folder(config, data)
     missing = config.out_dir is None and not (target / "data.json").exists()
     prepared = prepare(config, data, again=False) if missing else Prepared(target)
-    for key, value in asdict(data).items():
+    for key, value in affects(data, "weights").items():
         if (made := prepared.source.get(key, value)) != value:
             raise ConfigError(f"data.{key}={value}: {target} was made with {key}={made}: run stage=prepare again")
     return prepared
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r").data).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):  # of a file that may be larger than the memory
+            digest.update(part)
+    return digest.hexdigest()

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from modeling.data.splits import Arrays
 from modeling.reliability.signals import poll
 
 Array = npt.NDArray[np.float64]
-Split = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # images [N, H, W, C], labels [N]
 
 
 def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
@@ -39,7 +39,7 @@ SHAPES: dict[str, tuple[tuple[float, float, float], Callable[[Array, Array], Arr
 CLASSES = tuple(SHAPES)
 
 
-def draw_shapes(count: int, image_size: int, seed: int, split: int) -> Split:
+def draw_shapes(count: int, image_size: int, seed: int, split: int) -> Arrays:
     """`count` images, the classes in turn; `split` is 0 for training and 1 for testing: they share no random number."""
     images = np.empty((count, image_size, image_size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # its import takes time that a command without progress, such
 log = logging.getLogger(__name__)
 Part = TypeVar("Part")
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal, and between values in a bar
+NAMED = 12  # things of a kind that a line names
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
 _open: list["Bar"] = []  # the innermost is the last
 
@@ -63,6 +64,13 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return text.format(seconds / size)
     return f"{seconds / 86400:.0f} days"
+
+
+def counts(found: Mapping[str, int]) -> str:
+    """'30 .heic, 2 .txt': how often there is what, the most frequent first, and at most NAMED of them."""
+    shown = [f"{n:,} {what}" for what, n in sorted(found.items(), key=lambda item: -item[1])]
+    more = [f"{len(shown) - NAMED} more"] if len(shown) > NAMED else []
+    return ", ".join(shown[:NAMED] + more)
 
 
 class Bar:

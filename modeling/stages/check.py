@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ from modeling.reliability.terminal import duration
 from modeling.reporting.progress import LONG
 from modeling.reporting.wandb_mode import wanted_mode
 from modeling.reporting.wandb_run import has_key
-from modeling.settings import Config
+from modeling.settings import Config, affects
 from modeling.stages import validate
 from modeling.training.state import CheckpointFolder
 from modeling.training.trainer import Reporter, Trainer
@@ -87,7 +86,7 @@ def _data(config: Config) -> tuple[Prepared | None, Finding]:
     for folder in (prepared_folder(config, config.data), state_root() / "data" / name):  # the second is DVC's
         with suppress(UserError):
             prepared = Prepared(folder)
-            if prepared.source == asdict(config.data):
+            if prepared.source == affects(config.data, "weights"):
                 count = len(prepared.train.images)  # their checksum is verified
                 sha256 = prepared.sha256["train"][:12]
                 return prepared, Finding(OK, f"data: {name}, {count:,} training images, SHA-256 {sha256}, in {folder}")

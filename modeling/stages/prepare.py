@@ -3,9 +3,15 @@
 from pathlib import Path
 
 from modeling.data.prepared import prepare
-from modeling.settings import Config
+from modeling.data.sources import FORMS
+from modeling.reliability.errors import ConfigError
+from modeling.settings import Config, own_keys
 
 
 def run(config: Config, out: Path) -> None:
-    """Prepares the data that the configuration names."""
+    """Prepares the data that the configuration names; ConfigError, before any work, if the model cannot take it."""
+    if known_form := FORMS.get(config.data.name):
+        height, width, _ = known_form(**own_keys(config.data))[0]
+        if misfit := config.model.misfit(height, width):
+            raise ConfigError(misfit)
     prepare(config, config.data, again=True)

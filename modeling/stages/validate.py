@@ -4,7 +4,6 @@ DVC removes the outputs of a stage before it runs the stage, so this one is the 
 """
 
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from modeling.inference.device import choose_compute
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import existing, make_writable, write_atomic
 from modeling.reporting.wandb_mode import wanted_mode
-from modeling.settings import Config, own_keys
+from modeling.settings import Config, affects, own_keys
 
 
 def run(config: Config, out: Path) -> None:
@@ -49,7 +48,7 @@ def known_form(config: Config) -> tuple[list[int], list[str]] | None:
     """Image shape (H, W, C) and classes of the data; None if that shows only once they are prepared."""
     with suppress(UserError):
         prepared = Prepared(prepared_folder(config, config.data))
-        if prepared.source == asdict(config.data):
+        if prepared.source == affects(config.data, "weights"):
             return prepared.shape, prepared.classes
     if config.data.name not in FORMS:
         return None

@@ -1,8 +1,6 @@
-"""Sources and prepared folders."""
+"""Prepared folders, and the embedded data set."""
 
-import hashlib
 import json
-import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +8,11 @@ import pytest
 import torch
 from helpers.configs import group
 from PIL import Image
-from torchvision.datasets import CIFAR10
 
 from modeling.data.prepared import Prepared, ensure_prepared, prepare, prepared_folder, write_prepared
 from modeling.data.shapes import CLASSES, SHAPES, draw_shapes
-from modeling.data.sources import cifar10, folder
-from modeling.reliability.errors import ConfigError, Stopped, UserError
+from modeling.reliability.errors import ConfigError, UserError
+from modeling.settings import affects
 
 DATA = group("data", "shapes", num_train=20, num_test=10, image_size=8)
 
@@ -23,7 +20,6 @@ DATA = group("data", "shapes", num_train=20, num_test=10, image_size=8)
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "root"))
-    monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     return tmp_path / "root"
 
 
@@ -53,6 +49,20 @@ def test_prepared_round_trip(tmp_path):
     meta = json.loads((tmp_path / "x/data.json").read_text())
     assert (meta["num_train"], meta["num_test"]) == (5, 2)
     assert {*meta["sha256"]} == {"train", "train_labels", "test", "test_labels"}
+    assert meta["images_of_classes"] == {"a": 4, "b": 3}
+
+
+def test_what_comes_in_parts_is_written_as_one_array(tmp_path):
+    """To the byte as NumPy writes it, so that the checksum does not tell how it came."""
+
+    def parts(threads, notes):
+        notes["drawn"] += threads
+        yield from ((images[None], np.array([label])) for images, label in zip(*split(11), strict=True))
+
+    found = write_prepared(tmp_path / "x", (parts, split(2), ["a", "b"]), {}, threads=3)
+    np.save(tmp_path / "whole.npy", split(11)[0])
+    assert (tmp_path / "x/train.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert found.train.labels.tolist() == split(11)[1].tolist() and found.meta["notes"] == {"drawn": 3}
 
 
 @pytest.mark.parametrize(
@@ -82,20 +92,21 @@ def test_a_changed_bit_or_a_missing_array_is_found_before_anything_is_trained_on
 
 def test_data_is_prepared_once_unless_it_is_to_be_made_again(root, caplog):
     caplog.set_level("INFO")
-    config = SimpleNamespace(out_dir=None)
+    config = SimpleNamespace(out_dir=None, threads=None)
     assert ensure_prepared(config, DATA).folder == prepared_folder(config, DATA)
     assert "data: shapes, 20 + 10 images of 8 x 8 x 3, in" in caplog.text
+    assert "10 classes: 3 circle, 3 square" in caplog.text
     caplog.clear()
     prepare(config, DATA, again=False)
     found = ensure_prepared(config, DATA)
-    assert found.source == vars(DATA) and found.classes == [*CLASSES] and not caplog.text
+    assert found.source == affects(DATA, "weights") and found.classes == [*CLASSES] and not caplog.text
     assert not torch.equal(found.train.images[:10], found.test.images), "the splits differ"
     prepare(config, DATA, again=True)
     assert "data: shapes" in caplog.text
 
 
 def test_an_out_dir_must_hold_the_data_that_is_configured(tmp_path):
-    config = SimpleNamespace(out_dir=str(tmp_path))
+    config = SimpleNamespace(out_dir=str(tmp_path), threads=None)
     with pytest.raises(UserError, match="run stage=prepare first"):
         ensure_prepared(config, DATA)
     prepare(config, DATA, again=True)
@@ -105,10 +116,26 @@ def test_an_out_dir_must_hold_the_data_that_is_configured(tmp_path):
 
 
 def test_new_files_in_a_users_folder_are_prepared_in_another_folder(tmp_path, root):
-    config, data = SimpleNamespace(out_dir=None), group("data", "folder", path=str(tmp_path), test_fraction=0.1)
+    config, data = (
+        SimpleNamespace(out_dir=None, threads=None),
+        group("data", "folder", path=str(tmp_path), test_fraction=0.1),
+    )
     before = prepared_folder(config, data)
     (tmp_path / "a.png").touch()
     assert before != prepared_folder(config, data) and before.parent == root / "runs/data"
+
+
+def test_what_was_done_to_the_images_is_said_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for k in range(20):
+        Image.new("LA", (4, 4), (k, 255 * (k > 2))).save(tmp_path / f"{k}.png")
+    config = SimpleNamespace(out_dir=str(tmp_path / "out"), threads=2)
+    prepare(config, group("data", "folder", path=str(tmp_path), background="black"), again=True)
+    grey = "all images are grey: data.channels=1 makes one channel of three"
+    assert caplog.messages[:2] == ["of 20 images: 20 grey, 3 composed on black", grey]
+    assert caplog.messages[2].startswith("data: folder, 18 + 2 images of 4 x 4 x 3, in ") and len(caplog.messages) == 3
+    prepare(config, group("data", "folder", path=str(tmp_path), channels=1), again=True)
+    assert caplog.messages.count(grey) == 1
 
 
 # Shapes
@@ -130,101 +157,3 @@ def test_every_class_has_its_colour_and_its_shape():
         ratio = brightest / np.array(SHAPES[name][0])
         assert np.allclose(ratio, ratio[0], atol=0.03) and 0.84 < ratio[0] < 1.01, name
         assert 0.03 < (image.max(2) > 100).mean() < 0.5, name
-
-
-# A user's folder
-
-
-def write_images(path, *sizes):
-    path.mkdir(parents=True, exist_ok=True)
-    for i, size in enumerate(sizes):
-        Image.new("RGB", size, (i, 2 * i, 255 - i)).save(path / f"{i:03}.png")
-
-
-def test_folder_source(tmp_path):
-    write_images(tmp_path / "dog", *[(6, 4)] * 4)
-    write_images(tmp_path / "cat", *[(6, 4)] * 6)
-    (train, train_labels), (test, test_labels), classes = folder(str(tmp_path), 0.2)
-    assert classes == ["cat", "dog"] and train.shape == (8, 4, 6, 3) and test.shape == (2, 4, 6, 3)
-    assert sorted([*train_labels, *test_labels]) == [0] * 6 + [1] * 4 and train_labels.dtype == np.int64
-    seen = {(*tuple(i[0, 0]), label) for i, label in zip([*train, *test], [*train_labels, *test_labels], strict=True)}
-    assert len(seen) == 10, "each image is in exactly one split"
-
-
-def test_the_first_test_images_of_a_folder_are_of_all_classes(tmp_path):
-    for name in "abc":
-        write_images(tmp_path / name, *[(4, 4)] * 20)
-    _, (_, labels), _ = folder(str(tmp_path), 0.5)
-    assert {*labels[:10]} == {0, 1, 2}
-
-
-def test_folder_errors(tmp_path):
-    with pytest.raises(UserError, match="no images in"):
-        folder(str(tmp_path), 0.1)
-    with pytest.raises(UserError, match="absent: there is no "):
-        folder(str(tmp_path / "absent"), 0.1)
-    write_images(tmp_path, (4, 4))
-    with pytest.raises(UserError, match="holds 1 images: too few to set 1 aside"):
-        folder(str(tmp_path), 0.1)
-    write_images(tmp_path, (4, 4), (4, 4), (8, 4))
-    with pytest.raises(UserError, match=r"002\.png is 8 x 4 pixels, .*000\.png is 4 x 4.*one size"):
-        folder(str(tmp_path), 0.1)
-    (tmp_path / "000.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"000\.png cannot be read"):
-        folder(str(tmp_path), 0.1)
-
-
-# CIFAR-10
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-
-
-@pytest.fixture
-def tiny_cifar10(tmp_path, monkeypatch, no_network):
-    """The official layout at a tiny size, with its own checksums, read by torchvision's own loader."""
-    base = tmp_path / CIFAR10.base_folder
-    base.mkdir()
-
-    def write(name, content):
-        (base / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
-
-    def batch(offset, n):
-        return {"data": (np.arange(n * 3072) + offset).astype(np.uint8).reshape(n, 3072), "labels": [0, 1] * (n // 2)}
-
-    monkeypatch.setattr(CIFAR10, "train_list", [write(f"data_batch_{i}", batch(i, 4)) for i in (1, 2)])
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(9, 2))])
-    name, md5 = write("batches.meta", {"label_names": ["cat", "dog"]})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
-    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
-    return base
-
-
-def test_cifar10_source(tiny_cifar10):
-    (train, labels), (test, _), classes = cifar10()
-    assert train.shape == (8, 32, 32, 3) and test.shape == (2, 32, 32, 3) and classes == ["cat", "dog"]
-    assert train[0, 0, 1].tolist() == [2, 2, 2] and labels.tolist() == [0, 1] * 4 and labels.dtype == np.int64
-
-
-def test_a_damaged_cifar10_is_refused(tiny_cifar10):
-    path = tiny_cifar10 / "data_batch_1"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"no complete CIFAR-10 in .* \(data_batch_1: wrong MD5\), and it could not be"):
-        cifar10()
-
-
-def test_cifar10_is_absent_and_there_is_no_network(no_network, root):
-    with pytest.raises(UserError, match=rf"no complete CIFAR-10 in {root}/data/raw, .*CIFAR10_ROOT.*data=shapes"):
-        cifar10()
-
-
-def test_a_stop_during_the_download_is_no_failure_of_it(monkeypatch):
-    def absent(root, train, download):
-        raise Stopped("stopped") if download else RuntimeError("not found")
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", absent)
-    with pytest.raises(Stopped, match=r"^stopped$"):
-        cifar10()

@@ -11,12 +11,18 @@ from helpers.pipeline import ROOT, TINY, environment
 
 from modeling.distributed.collectives import sharded_batches
 from modeling.reliability import terminal
-from modeling.reliability.terminal import Bar, counted, duration, progress, shorten_log
+from modeling.reliability.terminal import Bar, counted, counts, duration, progress, shorten_log
 
 
 def test_durations():
     shown = [duration(s) for s in (0.4, 89, 120, 5400, 172800)]
     assert shown == ["0 s", "89 s", "2 min", "1.5 h", "2 days"]
+
+
+def test_counts_name_the_most_frequent():
+    assert counts({"a": 2, "b": 3000, "c": 2}) == "3,000 b, 2 a, 2 c"
+    many = counts({str(k): 1 for k in range(terminal.NAMED + 5)})
+    assert many.startswith("1 0, 1 1, ") and many.endswith(f"1 {terminal.NAMED - 1}, 5 more")
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ BAD = {
     "stage=evaluate out_dir=null data.image_size=16": "data=shapes: its images are [16, 16, 3], those of the model [8",
     "a==b": "a==b: quote the value twice: 'a=\"=b\"'",
     "data=folder data.path=empty": "no images in empty",
-    "data=folder data.path=unreadable": "unreadable/a.png cannot be read as an image",
+    "data=folder data.path=unreadable": ".png cannot be read as an image",
     "data=folder data.path=mixed": "all images must have one size",
     "data=cifar10": "broken (data_batch_1: wrong MD5), and it could not be",
     "stage=train out_dir=null sampler.guidance_scale=2": "guidance_scale=2.0: the model is not class-conditional",
@@ -188,7 +188,7 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     for name in "ab":
         (tmp_path / f"unreadable/{name}.png").write_bytes(b"no image")
     (tmp_path / "broken/cifar-10-batches-py/data_batch_1").write_bytes(b"half")
-    for k in (8, 9):
+    for k in (8, 16):
         Image.new("RGB", (k, k)).save(tmp_path / f"mixed/{k}.png")
     (tmp_path / "damaged").write_bytes((trained[0] / "models/model.safetensors").read_bytes()[:5000])
     (tmp_path / "occupied").write_text("a file")

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 from helpers.configs import CONF, composed, load
+from helpers.images import write_images
 from helpers.pipeline import TINY
 from omegaconf import OmegaConf
 
 from modeling.data.prepared import write_prepared
-from modeling.data.sources import FORMS, SOURCES
+from modeling.data.sources import SOURCES
 from modeling.recipe import check_params
 from modeling.reliability.errors import ConfigError, UserError
+from modeling.settings import affects
 from modeling.stages import validate
 
 
@@ -31,6 +33,14 @@ REFUSED = {
     "model.channel_mult=[1,1,1,1,1]": "images of 8 pixels must be divisible by 16",
     "sampler.label=circle": "sampler.label=circle: the model is not class-conditional",
     "model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are circle,",
+    "model.patch_size=2": "have the resolutions [4, 2, 1]; model.attention_resolutions=[4] fits 8 x 8",
+    "model.patch_size=3": "must be divisible by 12, for 3 resolutions of patches of 3; data.image_size=24 resizes them",
+    "data=folder data.path=photos": "model.attention_resolutions=[7] fits 28 x 28",
+    "data=folder data.path=photos data.image_size=9": "data.image_size=8 resizes them",
+    "data=folder data.path=photos data.image_size=8 model.class_conditional=true": "the data has no classes",
+    "data=folder data.path=taken": "no images in taken: it must hold files that end in",
+    "data=mnist data.image_size=28": "model.attention_resolutions=[7] fits 28 x 28",
+    "data=cifar100 model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are apple, aquarium_fish,",
     "data=cifar10 model.class_conditional=true sampler.label=x": "sampler.label=x: allowed are airplane,",
     "model.class_conditional=true sampler.guidance_scale=2": "with trainer.label_dropout=0 the model learns no",
     "out_dir=taken": "taken/reports cannot be written",
@@ -41,6 +51,7 @@ REFUSED = {
 def test_what_a_later_stage_would_refuse(root, arguments):
     (root / "taken").mkdir()
     (root / "taken/reports").write_text("a file where a folder must be")
+    write_images(root / "photos", (28, 28), (28, 28))
     config = load(*TINY, *arguments.split())
     with pytest.raises(UserError) as refused:
         validate.run(config, root / (config.out_dir or "out"))
@@ -55,8 +66,8 @@ def test_unknown_modes_of_the_environment_are_refused(root, monkeypatch):
 
 
 def test_what_can_run_is_let_through(root):
-    (root / "x").mkdir()
-    validate.run(load(*TINY, "data=folder", "data.path=x", "model.attention_resolutions=[7]"), root)  # not known yet
+    write_images(root / "x", (28, 28), (28, 28))
+    validate.run(load(*TINY, "data=folder", "data.path=x", "model.attention_resolutions=[7]"), root)
     assert (root / "data/validated").read_text()
 
 
@@ -75,18 +86,21 @@ def test_a_schedule_that_does_not_reach_noise_is_named(root, arguments, caplog):
     assert NOISE[arguments] in caplog.text and caplog.text.count("diffusion=linear_scaled") == bool(NOISE[arguments])
 
 
-def test_forms_are_those_of_the_sources(root):
+def test_forms_are_those_of_the_sources(root, monkeypatch):
     config = load(*TINY)
+    source = affects(config.data, "weights")
     (images, _), _, classes = SOURCES["shapes"](num_train=1, num_test=1, image_size=8, seed=0)
     assert validate.known_form(config) == ([*images.shape[1:]], [*classes])
-    assert FORMS["cifar10"]()[0] == [32, 32, 3] and len(FORMS["cifar10"]()[1]) == 10
     # The prepared folder is asked first, if it is of these settings.
     split = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int64)
     folder = validate.prepared_folder(config, config.data)
-    write_prepared(folder, (split, split, ["a"]), vars(config.data))
+    write_prepared(folder, (split, split, ["a"]), source)
     assert validate.known_form(config) == ([4, 4, 1], ["a"])
-    write_prepared(folder, (split, split, ["a"]), vars(config.data) | {"seed": 5})
+    write_prepared(folder, (split, split, ["a"]), source | {"seed": 5})
     assert validate.known_form(config)[0] == [8, 8, 3]
+    monkeypatch.delitem(validate.FORMS, "shapes")  # a source need not know its own
+    assert validate.known_form(config) is None
+    validate.run(config, root)
 
 
 CHANGED = ("data", "model", "diffusion", "optimizer", "sampler")
@@ -98,7 +112,8 @@ GIVEN["tabulated"] += ["trainer.sample_steps=2", "sampler.steps=3"]
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "experiment").iterdir()))
 def test_every_recipe_combines_with_every_choice(root, recipe):
     """Or is refused for what was typed: a choice that needs a value, or a network that does not fit the images."""
-    (root / "x").mkdir()
+    for name in "ab":
+        write_images(root / "x" / name, (32, 32))
     refused = set()
     for group, choice in CHOICES:
         typed = [f"experiment={recipe}", f"{group}={choice}", "device=cpu"]
