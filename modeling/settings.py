@@ -146,9 +146,7 @@ class ModelConfig(Group):
 
     def _attends(self, height: int) -> bool:
         levels = range(len(self.channel_mult))
-        return {*self.attention_resolutions} <= {
-            height // self.patch_size >> level for level in range(len(self.channel_mult))
-        }
+        return {*self.attention_resolutions} <= {height // self.patch_size >> level for level in levels}
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         divides = self.model_channels % self.norm_groups == 0
