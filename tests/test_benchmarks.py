@@ -17,6 +17,7 @@ from benchmarks.measure import Elsewhere, rates, ratio, spread, turn
 from benchmarks.mixture import Mixture
 from benchmarks.project import configure, make_task, training_flops
 from benchmarks.studies import (
+    distances,
     kept_memory,
     loss_equality,
     reliability,
@@ -203,10 +204,12 @@ def test_bad_input_is_one_line(argument, message, capsys):
     assert end.value.code and printed.startswith(f"error: {message}") and printed.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore:Data has no positive values")  # DDIM of all steps is its own solution
 def test_samplers_of_a_trained_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     out = [f"out_dir={tmp_path}", "wandb.mode=disabled"]
-    config = configure(*TINY, *out, "trainer.steps=1", "model.class_conditional=true", "trainer.label_dropout=0.5")
+    classes = ["model.class_conditional=true", "trainer.label_dropout=0.5"]
+    config = configure(*TINY, *out, *classes, "trainer.steps=1", "diffusion=linear")
     for stage in (prepare, train):
         stage.run(config, tmp_path)
     few = ["--images=2", "--steps=3,20,50", "--guidance=1,2", f"--out={tmp_path / 'samplers'}"]
@@ -225,6 +228,12 @@ def test_samplers_of_a_trained_model(tmp_path, monkeypatch, capsys):
     assert "\nmixture, cosine:\n\n| sampler, spacing | 3 | 20 | 50 |\n|---|---|---|---|\n| ddim, uniform | " in printed
     assert printed.count("**") >= 2 * (2 * 2 + 2 * 3)
     assert (tmp_path / "samplers.png").exists()
+    capsys.readouterr()
+    found = distances.main(arguments=["--samples=12", f"--out={tmp_path / 'distances'}", *out, "data=shapes_tiny"])
+    sets = [row["images"] for row in found["rows"]]
+    assert sets[0] == "test images" and len(sets) == 15 and sets[-1].startswith("1 steps: ddim, 5 steps, guidance 1")
+    assert all(row["wavelet_distance"] > 0 and row["stderr"] > 0 for row in found["rows"])
+    assert capsys.readouterr().out.count("\n") == 17
 
 
 def test_two_trainings_at_once():

@@ -22,6 +22,7 @@ from modeling.reliability.signals import poll
 
 PACKET = 4  # the largest height and width of a packet
 GROUPS = 20  # of the jackknife
+FEWEST = 4  # images: each half has a covariance
 # Sum and differences along rows, columns and diagonals of 2 x 2 pixels, orthonormal.
 HAAR = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
 
@@ -90,11 +91,13 @@ def frechet_distances(a: Normal, b: Normal) -> Tensor:
 
 
 def wavelet_distance(images: Tensor, reference: Normal) -> tuple[float, float]:
-    """The distance of samples, uint8 [N, C, H, W] with N >= 4, and its standard error.
+    """The distance of samples, uint8 [N, C, H, W], and its standard error; NaN if they or the reference are too few.
 
     The error is the jackknife's over GROUPS of the samples, without that of the reference. It is too large, by about
     half, for images that are as near as the data itself, whose distance is the bias of few samples alone.
     """
+    if len(images) < FEWEST or not bool(reference.covariance.isfinite().all()):
+        return math.nan, math.nan
     groups = [packet_sums(part) for part in images.chunk(min(GROUPS, len(images) // 2))]
     total = reduce(add, groups)
     without = torch.stack([frechet_distances((total - group).normal(), reference).mean() for group in groups])

@@ -66,6 +66,13 @@ def test_the_standard_error_is_the_spread_of_other_samples(data):
     assert 0.75 < errors.mean() / distances.std() < 1.35
 
 
+def test_too_few_images_have_no_distance(data):
+    a, b = data
+    assert all(map(math.isnan, wavelet_distance(a[:3], packet_sums(b).normal())))
+    assert all(map(math.isnan, wavelet_distance(a, packet_sums(b[:1]).normal())))
+    assert all(map(math.isfinite, wavelet_distance(a[:4], packet_sums(b[:2]).normal())))
+
+
 def test_it_sees_what_a_person_sees(data):
     """Blur, noise, colour casts and copies are further from the data than other images of it, and more is further."""
     real, other = data

@@ -16,6 +16,7 @@ def drawn(split, count):
 
 
 def test_it_knows_real_shapes_and_is_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(recognition, "EPOCHS", (10, 10**9))
     train, test = drawn(0, 600), drawn(1, 200)
     state = torch.random.get_rng_state()
     network = kept_classifier(train, "sha", 10, False, CPU, tmp_path)

@@ -3,6 +3,7 @@
 Whether MPS has every operation, and what it computes, shows on such a machine only.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -16,9 +17,8 @@ from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
 from modeling.inference.device import choose_compute, now
 from modeling.inference.samples import draw_samples
 from modeling.reliability.errors import ConfigError
-from modeling.settings import DDIMConfig
 from modeling.training.batches import draw_timesteps
-from modeling.training.trainer import GRID_SAMPLER
+from modeling.training.trainer import grid_sampler
 
 
 class Device(TorchFunctionMode):
@@ -102,7 +102,7 @@ def test_samples_and_the_likelihood_are_those_of_a_cpu(mps, tmp_path):
     found = []
     for compute in (CPU, mps):
         trainer = make(tmp_path, Recorder(), compute=compute)
-        model, sampler = trainer.model.eval(), DDIMConfig(**GRID_SAMPLER, steps=5, num_samples=3)
+        model, sampler = trainer.model.eval(), replace(grid_sampler(trainer.config), steps=5, num_samples=3)
         images = draw_samples(model, sampler, range(3), (3, 8, 8), compute)
         report = held_out_report(model, trainer.test, 3, compute) | bits_per_dim(model, trainer.test, 3, None, compute)
         found.append((images, report["loss"], report["bits_per_dim"]))
