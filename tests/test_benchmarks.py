@@ -88,6 +88,8 @@ def test_bench_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     assert path.with_suffix(".png").exists()
     assert set(results) == {"mode", "machine", *bench.SECTIONS}
     assert results["training"]["utilisation"]["median"] > 0
+    recipes = results["training"]["recipes"]
+    assert set(recipes) == {"cifar10_cpu", "demo"} and all(r["utilisation"]["median"] > 0 for r in recipes.values())
     assert len(results["training"]["ratio"]) >= 4 and set(results["sampling"]) == {"ddpm", "ddim", "dpm_solver"}
     assert set(results["evaluation"]["images_per_second"]) == {"held_out_loss", "bits_per_dim", "inception_features"}
     assert results["startup"]["seconds_to_first_step"]["network"]["median"] > 0
@@ -232,7 +234,8 @@ def test_samplers_of_a_trained_model(tmp_path, monkeypatch, capsys):
     found = distances.main(arguments=["--samples=12", f"--out={tmp_path / 'distances'}", *out, "data=shapes_tiny"])
     sets = [row["images"] for row in found["rows"]]
     assert sets[0] == "test images" and len(sets) == 15 and sets[-1].startswith("1 steps: ddim, 5 steps, guidance 1")
-    assert all(row["wavelet_distance"] > 0 and row["stderr"] > 0 for row in found["rows"])
+    known = [row for row in found["rows"] if row["images"] != "one class only"]  # of fewer than four images here
+    assert len(known) == 14 and all(row["wavelet_distance"] > 0 and row["stderr"] > 0 for row in known)
     assert capsys.readouterr().out.count("\n") == 17
 
 

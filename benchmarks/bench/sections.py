@@ -27,6 +27,8 @@ OURS = "this project"
 COMPILED = "this project, compiled"
 LOADER = "torchvision's DataLoader"
 STEPS = {"ddpm": 1000, "ddim": 50, "dpm_solver": 20}  # network evaluations of a sample, as it is usually drawn
+RECIPES = ("cifar10_cpu", "demo")  # for a CPU: whole steps, as a share of the matrix product
+UNLABELLED = ("model.class_conditional=false", "trainer.label_dropout=0", "sampler.guidance_scale=1")
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype, size: int) -> Contestant:
@@ -59,11 +61,19 @@ def training(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     if device.type == "cuda":
         contestants["this project, not compiled"] = project.training(make_task((*overrides, "trainer.compile=false")))
         contestants["diffusers (bf16 autocast, compiled)"] = host(peers.diffusers_training, task, True, True)
+    recipes = {name: make_task((f"experiment={name}", *UNLABELLED)) for name in RECIPES if device.type == "cpu"}
+    contestants |= {name: project.training(each) for name, each in recipes.items()}
     peak = "matrix product"
     contestants[peak] = matrix_product(device, torch.bfloat16 if bf16 else torch.float32, size.matrix)
     found = rates(contestants, size.rounds, device, size.seconds, warm=True)
     elsewhere.clear()
     peaks = found.pop(peak)
+    shares: dict[str, Any] = {}
+    for name, each in recipes.items():
+        images = found.pop(name)
+        work = project.training_flops(each)
+        share = ratio([work * rate for rate in images], peaks)
+        shares[name] = {"gflop_per_image": work / 1e9, "images_per_second": spread(images), "utilisation": share}
     flops = project.training_flops(task)
     return {
         "batch": size.batch,
@@ -72,6 +82,7 @@ def training(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
         "gflop_per_image": flops / 1e9,
         "peak_gflops": spread([p / 1e9 for p in peaks]),
         "utilisation": ratio([flops * rate for rate in found[OURS]], peaks),
+        "recipes": shares,
         "images_per_second": spreads(found),
         "ratio": {name: ratio(found[OURS], values) for name, values in found.items() if name != OURS},
     }

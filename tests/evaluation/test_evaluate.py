@@ -74,7 +74,10 @@ def _check_that_few_images_are_named(stage, pixels, tmp_path, monkeypatch, caplo
     text = (tmp_path / "reports/evaluate.json").read_text()
     assert "NaN" not in text and json.loads(text)["bits_per_dim_stderr"] is None and "fid_10" in text
     details = json.loads((tmp_path / "reports/evaluate-details.json").read_text())
-    assert details["null"] == "bits_per_dim_stderr: too few images, 3 to train and 1 to test"
+    assert (
+        details["null"]
+        == "bits_per_dim_stderr, wavelet_distance_of_test_images: too few images, 3 to train and 1 to test"
+    )
     assert details["null"] in caplog.text and "without precision and recall" in caplog.text
     assert details["quality"]["without"].startswith("precision and recall, which look for 3 neighbours")
     assert not {"precision_10", "recall_10"} & {*details["quality"]}
