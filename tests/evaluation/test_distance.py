@@ -7,7 +7,7 @@ import torch
 import torchvision.transforms.functional as F
 
 from modeling.data.sources import shapes
-from modeling.evaluation import fid
+from modeling.evaluation import distance, fid
 from modeling.evaluation.distance import frechet_distances, packet_sums, wavelet_distance, wavelet_packets
 
 
@@ -64,6 +64,17 @@ def test_the_standard_error_is_the_spread_of_other_samples(data):
     ]
     distances, errors = torch.tensor(drawn, dtype=torch.float64).T
     assert 0.75 < errors.mean() / distances.std() < 1.35
+
+
+def test_the_standard_error_is_the_jackknifes(data, monkeypatch):
+    monkeypatch.setattr(distance, "GROUPS", 3)
+    images, reference = data[0][:10], packet_sums(data[1]).normal()
+    without = [
+        wavelet_distance(torch.cat([images[:a], images[b:]]), reference)[0] for a, b in ((0, 4), (4, 8), (8, 10))
+    ]
+    mean = sum(without) / 3
+    expected = math.sqrt(2 / 3 * sum((value - mean) ** 2 for value in without))
+    assert wavelet_distance(images, reference)[1] == pytest.approx(expected, rel=1e-6)
 
 
 def test_too_few_images_have_no_distance(data):

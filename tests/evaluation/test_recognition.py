@@ -43,9 +43,14 @@ def test_it_knows_real_shapes_and_is_kept(tmp_path, monkeypatch, caplog):
 def test_what_it_is_trained_on(mirror, monkeypatch):
     """Every image equally often, moved by up to two pixels, and mirrored only if that is the same class."""
     images = torch.zeros(30, 1, 8, 8, dtype=torch.uint8)
-    images[:, :, :, 4:] = 255  # bright on the right
+    images[:, :, :, 5:] = 255  # bright on the right
     data = LabelledImages(images, torch.arange(30) % 3)
-    seen, build = [], recognition.build_classifier
+    seen, build, rates = [], recognition.build_classifier, []
+
+    class Adam(torch.optim.Adam):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
 
     class Watched(torch.nn.Module):
         def __init__(self, *arguments):
@@ -57,8 +62,12 @@ def test_what_it_is_trained_on(mirror, monkeypatch):
             return self.network(x)
 
     monkeypatch.setattr(recognition, "build_classifier", Watched)
-    monkeypatch.setattr(recognition, "EPOCHS", (5, 10**9))
+    monkeypatch.setattr(recognition, "EPOCHS", (100, 10**9))
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
     trained_classifier(data, 3, mirror, CPU)
-    assert [len(x) for x in seen] == [30, 30] and all(x.shape[1:] == (1, 8, 8) for x in seen)
-    left = torch.cat([(x[:, 0, 4, 1] > 0).float() for x in seen])
-    assert 0.2 < left.mean() < 0.8 if mirror else not left.any()
+    assert [len(x) for x in seen] == 30 * [30] and all(x.shape[1:] == (1, 8, 8) for x in seen)
+    assert rates == pytest.approx([recognition.RATE * (1 - k / 30) for k in range(30)])
+    left = torch.cat([(x[:, 0, 4, 0] > 0).float() for x in seen])
+    assert 0.4 < left.mean() < 0.6 if mirror else not left.any()
+    edges = {int((x[k, 0, 4] > 0).sum()) for x in seen for k in range(30)}
+    assert edges == {1, 2, 3, 4, 5}  # three columns are bright, and the border is reflected
