@@ -143,8 +143,8 @@ def test_models_go_to_diffusers_and_back(trained, state, tmp_path):
 
 BAD = {
     "modle=tiny": "modle: no such key; allowed are data",
-    "model=huge": "Available options in 'model': ddpm small tiny",
-    "optimizer.momentum=0.9": "optimizer.momentum: a key of optimizer=sgd only",
+    "model=huge": "Available options in 'model': ddpm patches small tiny",
+    "optimizer.momentum=0.9": "optimizer.momentum: a key of optimizer=muon and optimizer=sgd only",
     "optimizer.lr=-1": "optimizer.lr=-1.0: must be greater than 0",
     "trainer.batch_size=many": "trainer.batch_size: Value 'many'",
     "trainer.batch_size=0": "trainer.batch_size=0: must be greater than 0",
