@@ -60,7 +60,7 @@ def denoise(
     noise: Callable[[], Tensor],
     y: Tensor | None,
     compute: Compute,
-    seen: Callable[[Tensor, Tensor], None] = lambda x_t, t: None,
+    seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Images [N, C, H, W], nominally in [-1, 1], on the device: from x_T, the first draw of `noise`, by the sampler.
 
@@ -70,7 +70,8 @@ def denoise(
 
     def predict(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
-        seen(x_t, t)
+        if seen:
+            seen(x_t, t)
         return prediction
 
     timesteps = timestep_subsequence(abar, sampler.steps, sampler.spacing)
