@@ -26,7 +26,7 @@ def inpaint(model: TrainedModel, image: Tensor, known: Tensor, count: int, label
     """`count` ways to go on from the known part of an image, uint8 [count, C, H, W].
 
     In every reverse step the predicted x_0 is replaced by the image where that is known: there x_t is then drawn from
-    q(x_t | image), and the network fits the rest to it.
+    q(x_t | image), and the network fits the rest to it; in a few of ten images it does not.
 
     Args:
         image: uint8 [C, H, W].

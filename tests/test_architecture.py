@@ -24,7 +24,7 @@ def script(name):
     return module
 
 
-architecture, configuration = script("architecture"), script("configuration")
+architecture, configuration, troubleshooting = map(script, ("architecture", "configuration", "troubleshooting"))
 
 LOWEST = {"seeds", "settings", "reliability"}
 INFERENCE = {"inference", "build", "data", "distributed", "diffusion", *LOWEST}
@@ -85,6 +85,15 @@ def test_the_page_of_the_configuration_is_what_the_script_prints_and_says_what_e
     assert page == configuration.page(), "run python docs/configuration.py > docs/configuration.md"
     keys = [line.split(" | ") for line in page.splitlines() if line.count(" | ") == 3]
     assert len(keys) > 60 and not [key for key, *_, meaning in keys if not meaning.strip(" |")]
+
+
+def test_the_page_of_messages_is_what_the_script_prints_and_knows_each_way_to_raise_one():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    assert page == troubleshooting.page(), "run python docs/troubleshooting.py > docs/troubleshooting.md"
+    lines = [line.strip("-` ") for line in page.splitlines() if line.startswith("- ``")]
+    assert len(lines) > 70
+    assert "sampler.guidance_scale=<value>: the model is not class-conditional" in lines  # of a variable with two texts
+    assert "no model in <path>: train one first (stage=train) or name a file" in lines
 
 
 def test_no_function_takes_many_arguments():
