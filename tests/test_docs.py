@@ -39,7 +39,7 @@ TESTS = {
 
 
 def code(page):
-    """What stands in backticks or in a fenced block, without patches and quoted messages, which are no text of a page."""
+    """What stands in backticks or in a fenced block, without patches and quoted messages."""
     text = re.sub("^```diff\n.*?^```$|^- `` .*?$", "", page.read_text(), flags=re.M | re.S)
     fenced = re.findall("^ *```\\w*\n(.*?)^ *```$", text, re.M | re.S)
     return [*fenced, *re.findall("`([^`\n]+)`", re.sub("^ *```.*?^ *```$", "", text, flags=re.M | re.S))]
