@@ -61,7 +61,7 @@ class Task:
     def model(self) -> DiffusionModel:
         """Fresh, on the device, in the memory layout that training uses."""
         c = self.config
-        return self.compute.place_model(build_model(c.model, c.diffusion, self.images.shape[1:], 0, c.seed))
+        return self.compute.place_model(build_model(c.model, c.diffusion, self.shape, 0, c.seed))
 
     def trainer(self) -> Trainer:
         """It saves nothing, and its held-out loss means nothing."""

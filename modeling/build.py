@@ -43,7 +43,7 @@ def build_model(
 ) -> DiffusionModel:
     """The untrained model, its initial weights a function of `seed`; ConfigError if it does not fit the data.
 
-    `image_shape` is (H, W, C); `num_classes`, of the data, is used if the model is class-conditional.
+    `image_shape` is (C, H, W); `num_classes`, of the data, is used if the model is class-conditional.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(seed, "init", 0))
@@ -54,7 +54,7 @@ def build_model(
 
 def build_network(m: ModelConfig, diffusion: DiffusionConfig, image_shape: Sequence[int], num_classes: int) -> UNet:
     """The network alone, its weights from the global generator; arguments and errors as in build_model."""
-    height, width, channels = image_shape
+    channels, height, width = image_shape
     check_image_size(m, height, width)
     options = affects(m, "weights")
     conditional = options.pop("class_conditional")

@@ -35,13 +35,14 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def composed(*overrides: str) -> dict[str, Any]:
     """What conf/ composes to, flat; with no override: the defaults."""
-    with _conf():
+    with conf_dir():
         values = OmegaConf.to_container(compose("config", list(overrides)), resolve=False)
         return flat(values)  # type: ignore[arg-type]  # a mapping
 
 
 @contextmanager
-def _conf() -> Iterator[None]:
+def conf_dir() -> Iterator[None]:
+    """Where Hydra's compose finds conf/."""
     if GlobalHydra.instance().is_initialized():  # by main.py, whose search path has conf/
         yield
     else:
@@ -77,7 +78,7 @@ def _with_choices(recipe: list[str], config: Mapping[str, Any]) -> tuple[list[st
 def command(config: Mapping[str, Any]) -> str:
     """The shortest `dvc exp run` that composes to a flat configuration."""
     typed, base = closest(config)
-    overrides = typed + [f"{key}={_typed(value)}" for key, (_, value) in differences(config, base).items()]
+    overrides = typed + [f"{key}={in_grammar(value)}" for key, (_, value) in differences(config, base).items()]
     return shlex.join(["dvc", "exp", "run", *(word for override in overrides for word in ("-S", override))])
 
 
@@ -100,10 +101,10 @@ def check_params(params: Mapping[str, Any]) -> None:
         log.warning("params.yaml is not what conf/ composes to: %s; %s", ", ".join(shown), COMPOSE)
 
 
-def _typed(value: Any) -> str:
+def in_grammar(value: Any) -> str:
     """A value in the grammar of Hydra's overrides."""
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_typed, value))}]"
+        return f"[{','.join(map(in_grammar, value))}]"
     if isinstance(value, str) and not (value.isidentifier() and value.isascii() and value.lower() not in _WORDS):
         return str(QuotedString(text=value, quote=Quote.single).with_quotes())
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

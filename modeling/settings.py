@@ -30,7 +30,7 @@ def _key(
 
 
 _positive = partial(_key, lambda v: v > 0, "must be greater than 0")
-_not_negative = partial(_key, lambda v: v >= 0, "must not be negative")
+_not_negative = partial(_key, lambda v: v >= 0, "must be at least 0")
 _fraction = partial(_key, lambda v: 0 <= v < 1, "must lie in [0, 1)")
 
 

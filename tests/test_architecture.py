@@ -16,9 +16,15 @@ from modeling.diffusion.schedule import SCHEDULES
 from modeling.settings import GROUPS
 from modeling.training.optimizer import OPTIMIZERS
 
-SPEC = importlib.util.spec_from_file_location("architecture", ROOT / "docs/architecture.py")
-architecture = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(architecture)
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+architecture, configuration, troubleshooting = map(script, ("architecture", "configuration", "troubleshooting"))
 
 LOWEST = {"seeds", "settings", "reliability"}
 INFERENCE = {"inference", "build", "data", "distributed", "diffusion", *LOWEST}
@@ -41,6 +47,7 @@ MAY_IMPORT = {
     "pages": {"reliability", "settings", "recipe"},
     "stages": {"checkpoints", "interop", "training", "evaluation", "reporting", "pages", "recipe", *INFERENCE},
     "commands": {"checkpoints", "interop", "training", "evaluation", "reporting", "pages", "recipe", *INFERENCE},
+    "api": {"stages", "checkpoints", "interop", "recipe", "config", *INFERENCE},
     "main": {"config", "distributed", "recipe", "reliability", "settings", "stages"},
 }
 MOST_ARGUMENTS = 7
@@ -71,6 +78,22 @@ def test_the_command_line_and_the_reports_import_one_thing_each():
 def test_the_page_is_what_the_script_prints():
     page = (ROOT / "docs/architecture.md").read_text()
     assert page == architecture.page(), "run python docs/architecture.py > docs/architecture.md"
+
+
+def test_the_page_of_the_configuration_is_what_the_script_prints_and_says_what_each_key_is():
+    page = (ROOT / "docs/configuration.md").read_text()
+    assert page == configuration.page(), "run python docs/configuration.py > docs/configuration.md"
+    keys = [line.split(" | ") for line in page.splitlines() if line.count(" | ") == 3]
+    assert len(keys) > 60 and not [key for key, *_, meaning in keys if not meaning.strip(" |")]
+
+
+def test_the_page_of_messages_is_what_the_script_prints_and_knows_each_way_to_raise_one():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    assert page == troubleshooting.page(), "run python docs/troubleshooting.py > docs/troubleshooting.md"
+    lines = [line.strip("-` ") for line in page.splitlines() if line.startswith("- ``")]
+    assert len(lines) > 70
+    assert "sampler.guidance_scale=<value>: the model is not class-conditional" in lines  # of a variable with two texts
+    assert "no model in <path>: train one first (stage=train) or name a file" in lines
 
 
 def test_no_function_takes_many_arguments():

@@ -1,19 +1,34 @@
-"""README.md and docs/: every test, file, link, command, key and choice that a page names exists."""
+"""README.md and docs/: every test, file, link, command, key and choice that a page names exists.
 
+Every command is parsed by its own program, and its overrides composed and validated, also of what needs a GPU, a
+network or hours. They are listed by `pytest tests/test_docs.py -rP`. test_pipeline.py runs a whole pipeline, its stages
+and the Python blocks; test_extending.py the commands of extending.md, which need its patches.
+"""
+
+import argparse
 import ast
 import re
+import runpy
+import shlex
+import sys
 from dataclasses import fields
+from importlib.util import find_spec
 
 import pytest
+from dvc.cli.parser import get_main_parser
+from helpers.configs import load
 from helpers.pipeline import ROOT
 
+from modeling.api import TrainedModel
 from modeling.settings import GROUPS, STAGES
 
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-FOLDERS = ("modeling", "tests", "conf", "docs", "benchmarks")
+FOLDERS = ("modeling", "tests", "conf", "docs", "benchmarks", "examples")
+# of `model` in python.md, which is no group
+OF_A_MODEL = {*vars(TrainedModel), *TrainedModel.__init__.__code__.co_names}
 NO_KEYS = {"json", "safetensors", "py", "test"}  # data.json is no key of the group data
 TESTS = {
     (path.name, node.name)
@@ -24,10 +39,10 @@ TESTS = {
 
 
 def code(page):
-    """What stands in backticks or in a fenced block, without the patches, which are no text of ours."""
-    text = re.sub("^```diff\n.*?^```$", "", page.read_text(), flags=re.M | re.S)
-    fenced = re.findall("^```\\w*\n(.*?)^```$", text, re.M | re.S)
-    return [*fenced, *re.findall("`([^`\n]+)`", re.sub("^```.*?^```$", "", text, flags=re.M | re.S))]
+    """What stands in backticks or in a fenced block, without patches and quoted messages."""
+    text = re.sub("^```diff\n.*?^```$|^- `` .*?$", "", page.read_text(), flags=re.M | re.S)
+    fenced = re.findall("^ *```\\w*\n(.*?)^ *```$", text, re.M | re.S)
+    return [*fenced, *re.findall("`([^`\n]+)`", re.sub("^ *```.*?^ *```$", "", text, flags=re.M | re.S))]
 
 
 def missing_tests(span):
@@ -46,7 +61,7 @@ def missing_files(span):
 
 
 def missing_commands(span):
-    for name in re.findall(r"python -m ((?:benchmarks|modeling)[\w.]*)", span):
+    for name in re.findall(r"python -m ((?:benchmarks|examples|modeling)[\w.]*)", span):
         path = ROOT / name.replace(".", "/")
         if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
             yield f"python -m {name}"
@@ -59,7 +74,7 @@ def missing_settings(span):
     for group, key in re.findall(rf"(?<![\w./])({groups})\.([a-z]\w*)", span):
         schema = GROUPS[group]
         keys = {field.name for choice in (schema.base, *schema.choices.values()) for field in fields(choice)}
-        if key not in keys | NO_KEYS:
+        if key not in keys | NO_KEYS | (OF_A_MODEL if group == "model" else set()):
             yield f"{group}.{key}"
     for group, choice in re.findall(rf"(?<![\w./])({groups}|experiment)=(\w+)", span):
         added = f"+++ b/conf/{group}/{choice}.yaml" in (ROOT / "docs/extending.md").read_text()
@@ -77,3 +92,67 @@ def test_what_the_pages_name_in_code_exists(missing):
 def test_links_lead_somewhere():
     links = [(page.parent, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
     assert not [link for folder, link in links if "://" not in link and not (folder / link).exists()]
+
+
+OTHERS = ("extending.md", "troubleshooting.md")  # patches that add choices; messages that quote parts of commands
+
+
+def commands(program):
+    """The words of each command of a program in the pages, without repetitions; placeholders become `x`."""
+    found = {}
+    for page in PAGES:
+        for span in code(page):
+            for line in span.replace("\\\n", " ").splitlines():
+                if re.search(rf"(?<![\w.-]){program}( |$)", line) and page.name not in OTHERS and "..." not in line:
+                    words = shlex.split(re.sub("<[^<>]+>", "x", line), comments=True)
+                    while program in words:
+                        words = words[words.index(program) + 1 :]
+                        end = next((k for k, word in enumerate(words) if word in ("&&", ">", "|", "or")), len(words))
+                        found[shlex.join(words[:end])] = words[:end]
+    print(*(f"{program} {words}" for words in found), sep="\n")
+    return found.values()
+
+
+def check_overrides(words):
+    overrides = [word for word in words if re.match(r"[\w.]+=", word) and not word.startswith("x=")]
+    assert load(*(re.sub(r"=([^\[,'\"]+),.*", r"=\1", each) for each in overrides))  # of a sweep the first value
+
+
+def test_commands_of_main_compose_and_are_valid():
+    found = commands("main.py")
+    for words in found:
+        check_overrides(words)
+    assert len(found) > 15
+
+
+def test_commands_of_dvc_parse_and_compose():
+    found, parser = commands("dvc"), get_main_parser()
+    for words in found:
+        if len(words) > 1 or words in (["pull"], ["repro"], ["status"]):  # else named alone, as `dvc exp run` may be
+            check_overrides(getattr(parser.parse_args(words), "set_param", None) or [])
+    assert len(found) > 15
+    for page in PAGES:  # in the middle of a sentence
+        for span in code(page):
+            if span.startswith("-S ") and page.name != "extending.md":
+                check_overrides(re.sub("<[^<>]+>", "x", span).split()[1::2])
+
+
+class Parsed(Exception):
+    pass
+
+
+def test_commands_of_modules_parse(monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser, *arguments):
+        raise Parsed(parse(parser, *arguments))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    found = [words for words in commands("-m") if words[0].startswith(("modeling", "benchmarks"))]
+    for module, *arguments in found:
+        if module.startswith("modeling") or find_spec("diffusers"):
+            monkeypatch.setattr(sys, "argv", [module, *arguments])
+            monkeypatch.delitem(sys.modules, module, raising=False)
+            with pytest.raises(Parsed):
+                runpy.run_module(module, run_name="__main__")
+    assert len(found) > 8

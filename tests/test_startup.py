@@ -28,6 +28,13 @@ def test_what_needs_no_network_imports_none(tmp_path, arguments, code):
     assert "hydra" in imported and not imported & HEAVY
 
 
+def test_the_package_imports_its_python_interface_on_first_use():
+    code = "import sys, modeling; print('torch' in sys.modules, 'load_model' in dir(modeling)); modeling.load_model"
+    code += "; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "True"]
+
+
 def test_training_needs_no_plots_until_its_end():
     code = "import sys, modeling.stages.train; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -100,7 +100,7 @@ def diffusers_unet(task: Task, model: DiffusionModel) -> Any:
     c = task.config
     meta = {
         "config": {"model": asdict(c.model), "diffusion": asdict(c.diffusion)},
-        "image_shape": task.images.shape[1:],
+        "image_shape": task.shape,
     }
     with tempfile.TemporaryDirectory() as folder:
         save_diffusers(Path(folder), model.network.state_dict(), model.schedule.betas, meta)

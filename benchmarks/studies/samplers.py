@@ -73,9 +73,9 @@ def trained_problems(config: Config, images: int, guidance: list[float]) -> Iter
     compute = compute_of(config)
     model, meta, _ = load_for(config, Path(config.out_dir or "."))
     model = compute.place_model(model)
-    (height, width, channels), diffusion = meta["image_shape"], meta["config"]["diffusion"]
+    diffusion = meta["config"]["diffusion"]
     indices = range(FIRST, FIRST + images)
-    x_T = SampleNoise(0, indices, (channels, height, width), compute.device)()
+    x_T = SampleNoise(0, indices, meta["image_shape"], compute.device)()
     labels = torch.tensor(indices, device=compute.device) % model.num_classes if model.num_classes else None
     for scale in guidance if model.num_classes else [1.0]:
 

@@ -58,12 +58,17 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
-    """A model from its file or a folder of diffusers, in eval mode on the CPU, and its metadata (stages/train.py)."""
+    """A model from its file or a folder of diffusers, in eval mode on the CPU, and its metadata (stages/train.py).
+
+    Here the image shape is (C, H, W) as everywhere in Python; in the file it is (H, W, C).
+    """
     try:
         tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
         meta["sha256"] = weights_hash(tensors)
         if not isinstance(meta["steps"], int):
             raise ValueError(f"it names the steps {meta['steps']!r}")
+        height, width, channels = meta["image_shape"]
+        meta["image_shape"] = [channels, height, width]
         names = ["model", "diffusion", *({"data"} & meta["config"].keys())]
         model, diffusion, *_ = (parse_group(name, meta["config"][name]) for name in names)
         # A small file may name a giant, so the sizes are checked first, on a network without memory.

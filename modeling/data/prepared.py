@@ -51,7 +51,8 @@ class Prepared:
             meta = self.meta
             self.source: dict[str, Any] = dict(meta["source"])  # the settings that it was made with
             self.classes: list[str] = meta["classes"]
-            self.shape: list[int] = meta["shape"]  # (H, W, C) of one image
+            height, width, channels = meta["shape"]
+            self.shape: list[int] = [channels, height, width]  # of one image
             self.sha256: dict[str, str] = meta["sha256"]
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise UserError(f"no prepared data in {folder} ({error}): run stage=prepare first") from None
@@ -153,9 +154,9 @@ def _tell(prepared: Prepared) -> None:
     train, test = meta["num_train"], meta["num_test"]
     if notes:
         log.info("of %s images: %s", f"{train + test:,}", counts(notes))
-    if notes.get(GREY) == train + test and prepared.shape[2] == 3:
+    if notes.get(GREY) == train + test and prepared.shape[0] == 3:
         log.info("all images are grey: data.channels=1 makes one channel of three")
-    size = " x ".join(map(str, prepared.shape))
+    size = " x ".join(map(str, meta["shape"]))
     log.info("data: %s, %d + %d images of %s, in %s", prepared.source["name"], train, test, size, prepared.folder)
     if len(sizes := meta["images_of_classes"]) > 1:
         log.info("%d classes: %s", len(sizes), counts(sizes))

@@ -54,6 +54,31 @@ class DenoisingStrip:
         self.complete = step == self.last
 
 
+def denoise(
+    model: DiffusionModel,
+    sampler: SamplerConfig,
+    noise: Callable[[], Tensor],
+    y: Tensor | None,
+    compute: Compute,
+    seen: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Images [N, C, H, W], nominally in [-1, 1], on the device: from x_T, the first draw of `noise`, by the sampler.
+
+    `y` are the labels [N] of a class-conditional model. `seen` gets every (x_t, t) after the network has seen it.
+    """
+    abar = model.schedule.table()
+
+    def predict(x_t: Tensor, t: Tensor) -> Prediction:
+        prediction = model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
+        if seen:
+            seen(x_t, t)
+        return prediction
+
+    timesteps = timestep_subsequence(abar, sampler.steps, sampler.spacing)
+    with compute.autocast():
+        return SAMPLERS[sampler.name](predict, noise(), timesteps, abar, noise, **own_keys(sampler))
+
+
 def draw_samples(
     model: DiffusionModel,
     sampler: SamplerConfig,
@@ -68,8 +93,6 @@ def draw_samples(
     `label` is that of all samples of a class-conditional model; None: sample k is of class k modulo their number.
     `watch` sees every (x_t, t) of the batch that begins with sample 0.
     """
-    abar = model.schedule.table()
-    timesteps = timestep_subsequence(abar, sampler.steps, sampler.spacing)
 
     def draw(rows: range, tell: Callable[[float], None]) -> Tensor:
         batch = [indices[k] for k in rows]
@@ -79,17 +102,13 @@ def draw_samples(
             labels = [k % model.num_classes if label is None else label for k in batch]
             y = torch.tensor(labels, device=compute.device)
 
-        def predict(x_t: Tensor, t: Tensor) -> Prediction:
+        def seen(x_t: Tensor, t: Tensor) -> None:
             poll()
             if watch and batch[0] == 0:
                 watch(x_t, t)
-            prediction = model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
-            tell(next(done) / len(timesteps))
-            return prediction
+            tell(next(done) / sampler.steps)
 
-        with compute.autocast():
-            x_0 = SAMPLERS[sampler.name](predict, noise(), timesteps, abar, noise, **own_keys(sampler))
-        return to_uint8(x_0).cpu()
+        return to_uint8(denoise(model, sampler, noise, y, compute, seen)).cpu()
 
     empty = torch.empty(0, *shape, dtype=torch.uint8)
     return sharded_batches(SAMPLING, len(indices), sampler.batch_size, draw, empty)

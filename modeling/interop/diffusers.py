@@ -188,7 +188,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def save_diffusers(folder: Path, weights: Mapping[str, Tensor], betas: Tensor, meta: Mapping[str, Any]) -> None:
     """Writes weights of our UNet and `betas` [T] as DDPMPipeline reads them; ConfigError if it cannot express them."""
     m, d = meta["config"]["model"], meta["config"]["diffusion"]
-    height, width, channels = meta["image_shape"]
+    channels, height, width = meta["image_shape"]
     if m.get("class_conditional"):
         raise ConfigError("stage=export: the model is class-conditional, and DDPMPipeline knows no labels")
     if (patch := m.get("patch_size", 1)) != 1:

@@ -132,7 +132,8 @@ def _speed_and_memory(config: Config, compute: Compute, prepared: Prepared | Non
 
 
 def _noise(folder: Path, shape: list[int], classes: list[str], count: int) -> Prepared:
-    images = np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
+    channels, height, width = shape
+    images = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), np.uint8)
     split = images, np.arange(count) % max(len(classes), 1)
     return write_prepared(folder / "noise", (split, split, classes), {"name": "noise"})
 

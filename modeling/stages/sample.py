@@ -138,9 +138,8 @@ def draw_configured(
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Samples number `indices` of the sampler group, uint8 [N, C, H, W]; `watch` as in draw_samples."""
-    height, width, channels = meta["image_shape"]
     label = None if config.sampler.label is None else meta["classes"].index(config.sampler.label)
-    return draw_samples(model, config.sampler, indices, (channels, height, width), compute, label, watch)
+    return draw_samples(model, config.sampler, indices, meta["image_shape"], compute, label, watch)
 
 
 def save_samples(path: Path, images: Tensor, config: Config, model: DiffusionModel, meta: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     recipe["sampler"] = config.sampler.method()
     about: dict[str, Any] = {
         "config": recipe,
-        "image_shape": data.shape,
+        "image_shape": data.meta["shape"],  # (H, W, C), as the file has always had it
         "classes": data.classes,
         "steps": config.trainer.steps,
     }

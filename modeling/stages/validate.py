@@ -45,12 +45,12 @@ def run(config: Config, out: Path) -> None:
 
 
 def known_form(config: Config) -> tuple[list[int], list[str]] | None:
-    """Image shape (H, W, C) and classes of the data; None if that shows only once they are prepared."""
+    """Image shape (C, H, W) and classes of the data; None if that shows only once they are prepared."""
     with suppress(UserError):
         prepared = Prepared(prepared_folder(config, config.data))
         if prepared.source == affects(config.data, "weights"):
             return prepared.shape, prepared.classes
     if config.data.name not in FORMS:
         return None
-    shape, classes = FORMS[config.data.name](**own_keys(config.data))
-    return shape, list(classes)
+    (height, width, channels), classes = FORMS[config.data.name](**own_keys(config.data))
+    return [channels, height, width], list(classes)

@@ -45,13 +45,13 @@ def test_damaged_files_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model(MODEL, DIFFUSION, (8, 8, 3), 0, 0)
+    return build_model(MODEL, DIFFUSION, (3, 8, 8), 0, 0)
 
 
 def test_the_file_is_the_model(tmp_path, model):
     save_model(tmp_path / "m", model.state_dict(), ABOUT)
     loaded, meta = load_trained(tmp_path / "m")
-    assert meta == ABOUT | {"sha256": meta["sha256"]} and not loaded.training
+    assert meta == ABOUT | {"sha256": meta["sha256"], "image_shape": [3, 8, 8]} and not loaded.training
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 

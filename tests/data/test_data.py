@@ -39,7 +39,7 @@ def test_prepared_round_trip(tmp_path):
     for _ in range(2):
         write(tmp_path / "x")
         found = Prepared(tmp_path / "x")
-        assert (found.source, found.classes, found.shape) == ({"name": "x"}, ["a", "b"], [4, 4, 3])
+        assert (found.source, found.classes, found.shape) == ({"name": "x"}, ["a", "b"], [3, 4, 4])
         assert found.train.labels.tolist() == [0, 1, 0, 1, 0]
         assert found.train.images.shape == (5, 3, 4, 4) and found.train.images.dtype == torch.uint8
         assert torch.equal(found.train.images.permute(0, 2, 3, 1), torch.from_numpy(split(5)[0]))

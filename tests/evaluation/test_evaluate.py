@@ -154,8 +154,8 @@ def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):
     def folder(code="x", bf16=False, sampler=config.sampler, diffusion=config.diffusion, **changes):
         monkeypatch.setattr(sample, "code_hash", lambda *entries: code)
         used = dataclasses.replace(config, sampler=dataclasses.replace(sampler, **changes))
-        meta = {"sha256": "a", "image_shape": (8, 8, 3), "classes": ["cat"], "config": {"diffusion": vars(diffusion)}}
-        model = build_model(config.model, diffusion, (8, 8, 3), 0, 0)
+        meta = {"sha256": "a", "image_shape": (3, 8, 8), "classes": ["cat"], "config": {"diffusion": vars(diffusion)}}
+        model = build_model(config.model, diffusion, (3, 8, 8), 0, 0)
         with pytest.raises(Enough):
             sample.configured_samples(used, model, meta, 12, Compute(CPU.device, bf16))
         return folders[-1]

@@ -71,7 +71,7 @@ def make(folder, recorder=None, optimizer=None, model=MODEL, diffusion=DIFFUSION
         images = images[:, :, :1, :1].expand(10, 3, 8, 8)
     train = LabelledImages(images, torch.arange(10) % 2)
     data = SimpleNamespace(train=train, test=train.first(8))
-    model = compute.place_model(build_model(model, diffusion, (8, 8, 3), 2, seed=0))
+    model = compute.place_model(build_model(model, diffusion, (3, 8, 8), 2, seed=0))
     config = SimpleNamespace(trainer=trainer_config(**changes), optimizer=optimizer or adam(), seed=0)
     return Trainer(config, model, data, compute, CheckpointFolder(folder), recorder or Recorder())
 

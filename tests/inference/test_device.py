@@ -50,7 +50,7 @@ def counter(monkeypatch):
 @pytest.fixture
 def model():
     """A small network whose outputs are not zero."""
-    model = build_model(group("model", "tiny", **SMALL), DIFFUSION, (8, 8, 3), 0, 0).eval()
+    model = build_model(group("model", "tiny", **SMALL), DIFFUSION, (3, 8, 8), 0, 0).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))

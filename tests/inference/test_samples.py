@@ -26,7 +26,7 @@ def draw(model, indices, name="ddim", label=None, **changes):
 
 def network(conditional):
     config = group("model", "tiny", **SMALL, class_conditional=conditional)
-    model = build_model(config, group("diffusion", "cosine", num_timesteps=10), (8, 8, 3), 3, 0).eval()
+    model = build_model(config, group("diffusion", "cosine", num_timesteps=10), (3, 8, 8), 3, 0).eval()
     for parameter in model.parameters():  # so that the zero-initialised ends pass something on
         torch.nn.init.normal_(parameter, std=0.15)
     return model
@@ -91,7 +91,7 @@ def test_grid_has_a_row_for_each_class():
     ],
 )
 def test_what_a_conditional_model_cannot_be_asked_for_is_refused(changes, line):
-    meta = {"image_shape": [8, 8, 3], "classes": ["a", "b"], "config": {"trainer": {"label_dropout": 0.0}}}
+    meta = {"image_shape": [3, 8, 8], "classes": ["a", "b"], "config": {"trainer": {"label_dropout": 0.0}}}
     sampler = group("sampler", "ddim", **{"steps": 2} | changes)
     with pytest.raises(ConfigError, match=line):
         check_sampling(SimpleNamespace(sampler=sampler), network(True), meta)

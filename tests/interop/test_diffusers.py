@@ -27,8 +27,8 @@ OURS = {"prediction_type": "epsilon", "variance": "fixed_small", "min_snr_gamma"
 
 
 def saved(folder, model=MODEL, diffusion=LINEAR):
-    meta = {"config": {"model": vars(model), "diffusion": vars(diffusion)}, "image_shape": [8, 8, 3], "classes": []}
-    built = build_model(model, diffusion, (8, 8, 3), 2, 0)
+    meta = {"config": {"model": vars(model), "diffusion": vars(diffusion)}, "image_shape": [3, 8, 8], "classes": []}
+    built = build_model(model, diffusion, (3, 8, 8), 2, 0)
     save_diffusers(folder, built.network.state_dict(), built.schedule.betas, meta)
     return folder
 
@@ -55,7 +55,7 @@ def schedules(monkeypatch):
 def test_round_trip(tmp_path, schedules, diffusion, schedule):
     """diffusers and we read the same betas, and we read the same weights."""
     tensors, meta = load_diffusers(saved(tmp_path, diffusion=diffusion))
-    expected = build_model(MODEL, diffusion, (8, 8, 3), 0, 0)
+    expected = build_model(MODEL, diffusion, (3, 8, 8), 0, 0)
     assert {f"network.{k}" for k in expected.network.state_dict()} == set(tensors)
     assert all(torch.equal(tensors[f"network.{k}"], v) for k, v in expected.network.state_dict().items())
     read = parse_group("diffusion", meta["config"]["diffusion"])

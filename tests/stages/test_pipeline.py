@@ -1,7 +1,9 @@
 """End to end, through the real command line, DVC and W&B's offline files."""
 
 import ast
+import doctest
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers.configs import group
 from helpers.pipeline import ROOT, TINY, copy_repository, environment, main, spelled_out
@@ -17,7 +20,10 @@ from helpers.processes import Launched
 from helpers.runs import curves, hashes
 from PIL import Image
 
+import modeling.api
+from examples import from_python
 from modeling.checkpoints.fingerprint import PACKAGE, imported_files
+from modeling.inference.images import cut_grid
 from modeling.inference.samples import SampleNoise
 from modeling.settings import affects
 from modeling.stages import train
@@ -100,6 +106,42 @@ def test_the_same_command_again_trains_nothing_and_publishes_the_same(trained, s
     assert shorter.returncode == 0 and "-upto-2" in shorter.stdout and "going on" not in shorter.stdout
 
 
+def test_python_gives_the_bits_of_the_command(trained):
+    """By the sampler of the model's recipe; with its own noise given, too."""
+    out, _ = trained
+    pictures = [np.asarray(Image.open(out / f"samples/{k:05}.png")) for k in range(4)]
+    model = modeling.load_model(out / "models/model.safetensors")
+    assert model.image_shape == (3, 8, 8) and model.classes == []
+    images = model.sample(4)
+    assert images.dtype == torch.uint8 and np.array_equal(images.permute(0, 2, 3, 1), pictures)
+    assert torch.equal(model.sample(noise=model.noise(4)), images)
+
+
+def test_docstring_example_and_page_of_python_run(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(trained[0])
+    done = doctest.testmod(modeling.api, verbose=False)
+    assert done.attempted == 4 and done.failed == 0
+    from_python.main("models/model.safetensors", str(tmp_path))
+    pictures = {path.stem: cut_grid(path, 8, 8)[0] for path in tmp_path.glob("*.png")}
+    assert {name: len(images) for name, images in pictures.items()} == {
+        "samples": 10,
+        "one-class": 10,
+        "interpolation": 10,
+        "inpainting": 10,
+    }
+    original, covered, *filled = pictures["inpainting"]
+    assert all(torch.equal(image[:, :, :4], original[:, :, :4]) for image in [covered, *filled])
+    assert not torch.equal(filled[0][:, :, 4:], filled[1][:, :, 4:])
+    model = modeling.load_model("models/model.safetensors")
+    ends = model.sample(noise=model.noise(2, seed=1))
+    assert (pictures["interpolation"][[0, -1]].int() - ends.int()).abs().max() <= 1  # cos(pi / 2) is not quite 0
+    blocks = re.findall("^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained[0] / "models", "models")
+    exec("\n".join(blocks), {})
+    assert len(blocks) > 1 and Path("samples.png").exists()
+
+
 def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path):
     (tmp_path / "models").mkdir()
     weights = trained[0] / "models/model.safetensors"
@@ -168,7 +210,7 @@ BAD = {
     "stage=train out_dir=taken": "taken/reports cannot be written",
     "stage=evaluate out_dir=taken": "taken/reports cannot be written",
     "stage=sample out_dir=taken": "taken/samples cannot be written",
-    "stage=evaluate out_dir=null data.image_size=16": "data=shapes: its images are [16, 16, 3], those of the model [8",
+    "stage=evaluate out_dir=null data.image_size=16": "data=shapes: its images are [3, 16, 16], those of the model [3, 8",
     "a==b": "a==b: quote the value twice: 'a=\"=b\"'",
     "data=folder data.path=empty": "no images in empty",
     "data=folder data.path=unreadable": ".png cannot be read as an image",
@@ -226,6 +268,7 @@ def test_dvc_depends_on_what_a_stage_imports(stage):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     imported = [path for path in map(Path, done.stdout.split()) if has_code(path)]
+    imported.remove(ROOT / "modeling/__init__.py")  # for notebooks: no stage uses what it has
     declared = [ROOT / dep for dep in stages()[stage]["deps"] if dep.startswith("modeling/")]
     assert not [path for path in imported if not any(path.is_relative_to(dep) for dep in declared)]
     assert not [dep for dep in declared if not any(path.is_relative_to(dep) for path in imported)]

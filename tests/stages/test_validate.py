@@ -90,14 +90,14 @@ def test_forms_are_those_of_the_sources(root, monkeypatch):
     config = load(*TINY)
     source = affects(config.data, "weights")
     (images, _), _, classes = SOURCES["shapes"](num_train=1, num_test=1, image_size=8, seed=0)
-    assert validate.known_form(config) == ([*images.shape[1:]], [*classes])
+    assert validate.known_form(config) == ([3, *images.shape[1:3]], [*classes])
     # The prepared folder is asked first, if it is of these settings.
     split = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int64)
     folder = validate.prepared_folder(config, config.data)
     write_prepared(folder, (split, split, ["a"]), source)
-    assert validate.known_form(config) == ([4, 4, 1], ["a"])
+    assert validate.known_form(config) == ([1, 4, 4], ["a"])
     write_prepared(folder, (split, split, ["a"]), source | {"seed": 5})
-    assert validate.known_form(config)[0] == [8, 8, 3]
+    assert validate.known_form(config)[0] == [3, 8, 8]
     monkeypatch.delitem(validate.FORMS, "shapes")  # a source need not know its own
     assert validate.known_form(config) is None
     validate.run(config, root)

@@ -358,7 +358,7 @@ def test_gradients_in_bf16_on_cuda_are_those_of_float32():
     """At the paper's width of an attention head, 256, for which CUDA has kernels of its own."""
     wide = {"model_channels": 128, "channel_mult": [1, 2], "attention_resolutions": [16], "norm_groups": 32}
     network = group("model", "tiny", **wide, num_res_blocks=1, num_heads=1, dropout=0.0)
-    model = build_model(network, DIFFUSION, (32, 32, 3), 0, 0)
+    model = build_model(network, DIFFUSION, (3, 32, 32), 0, 0)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # the ends are zero, and hide the rest
         parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=generator))
