@@ -78,7 +78,7 @@ def demo(tmp_path_factory):
     ("place", "stage", "message"),
     [
         ("train_step", "train", "after step"),
-        ("ddim_sample", "train", "after step"),
+        ("unipc_sample", "train", "after step"),
         ("held_out_losses", "train", "after step"),
         ("bits_per_dim", "evaluate", "stopped"),
         ("held_out_report", "evaluate", "stopped"),
