@@ -65,13 +65,12 @@ def drawn(overrides: list[str], samples: int) -> Iterator[tuple[str, Tensor]]:
     model, meta, _ = load_for(config, Path(config.out_dir or "."))
     sampler = as_recipe(config, meta).sampler
     model = compute.place_model(model)
-    height, width, channels = meta["image_shape"]
     ways = [sampler, replace(sampler, steps=5)]
     if sampler.guidance_scale != 1:
         ways.append(replace(sampler, guidance_scale=1.0))
     for way in ways:
         title = f"{meta['steps']:,} steps: {way.name}, {way.steps} steps, guidance {way.guidance_scale:g}"
-        yield title, draw_samples(model, way, range(samples), (channels, height, width), compute)
+        yield title, draw_samples(model, way, range(samples), meta["image_shape"], compute)
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:

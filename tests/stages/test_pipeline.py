@@ -210,7 +210,7 @@ BAD = {
     "stage=train out_dir=taken": "taken/reports cannot be written",
     "stage=evaluate out_dir=taken": "taken/reports cannot be written",
     "stage=sample out_dir=taken": "taken/samples cannot be written",
-    "stage=evaluate out_dir=null data.image_size=16": "data=shapes: its images are [3, 16, 16], those of the model [3, 8",
+    "stage=evaluate out_dir=null data.image_size=16": "data=shapes: its images are [3, 16, 16], those of the model [3",
     "a==b": "a==b: quote the value twice: 'a=\"=b\"'",
     "data=folder data.path=empty": "no images in empty",
     "data=folder data.path=unreadable": ".png cannot be read as an image",
