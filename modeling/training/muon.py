@@ -26,6 +26,10 @@ class Muon(torch.optim.Adam):
         matrices: dict[str, Any] = {"params": [p for p in parameters if p.ndim > 1], "momentum": momentum}
         super().__init__([matrices, {"params": [p for p in parameters if p.ndim < 2]}], lr, **adam)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Without Adam's own, which mends states of old versions of PyTorch and wants Adam's for every parameter."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Takes one step; `closure` is not used."""

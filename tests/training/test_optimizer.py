@@ -56,3 +56,29 @@ def test_muon_is_pytorchs_for_matrices_and_adam_for_the_rest(generator):
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p.view_as(q), q, rtol=1e-2, atol=1e-2)  # bf16
     assert [len(g["params"]) for g in optimizer.param_groups] == [5, 1]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_go_on_from_their_saved_state(name, generator, tmp_path):
+    """Bit for bit, from a file, for matrices and vectors."""
+    config = group("optimizer", name, lr=0.1)
+    start = [torch.randn(shape, generator=generator) for shape in ((4, 3), (2, 2, 3, 3), (5,))]
+    gradients = [[torch.randn(p.shape, generator=generator) for p in start] for _ in range(3)]
+
+    def steps(parameters, optimizer, these):
+        for step in these:
+            for p, g in zip(parameters, gradients[step], strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+
+    whole = [nn.Parameter(p.clone()) for p in start]
+    steps(whole, build_optimizer(config, whole), range(3))
+    first = [nn.Parameter(p.clone()) for p in start]
+    optimizer = build_optimizer(config, first)
+    steps(first, optimizer, range(2))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    again = [nn.Parameter(p.detach().clone()) for p in first]
+    optimizer = build_optimizer(config, again)
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    steps(again, optimizer, range(2, 3))
+    assert all(torch.equal(p, q) for p, q in zip(whole, again, strict=True))
