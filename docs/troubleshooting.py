@@ -63,8 +63,8 @@ def text_of(node: ast.AST) -> Iterator[str]:
         yield f"<{ast.unparse(node.value).split('.')[-1] if simple else '...'}>"
 
 
-def _names(nodes: list[ast.expr]) -> list[str] | None:
-    return [node.id for node in nodes if isinstance(node, ast.Name)] or None
+def _names(nodes: list[ast.expr]) -> list[str]:
+    return [node.id for node in nodes if isinstance(node, ast.Name)]
 
 
 def messages(path: Path) -> Iterator[str]:
@@ -76,10 +76,9 @@ def messages(path: Path) -> Iterator[str]:
             name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
             if name in RAISED and isinstance(node, ast.Call) and len(node.args) > RAISED[name]:
                 said = node.args[RAISED[name]]
-                before = [
-                    each for each in assigned if each.lineno < node.lineno and _names(each.targets) == _names([said])
-                ]
-                said = max(before, key=lambda each: each.lineno).value if before else said
+                if isinstance(said, ast.Name):
+                    before = [each for each in assigned if each.lineno < node.lineno and said.id in _names(each.targets)]
+                    said = max(before, key=lambda each: each.lineno).value if before else said
                 key = [*text_of(node.args[1]), "<key>"][0] + "=<value>: " if name == "require" else ""
                 yield from (key + text for text in text_of(said))
         if scope.name in ("explain", "misfit", "no_such_key", "_how_to_quote"):  # their texts are lines of errors

@@ -14,6 +14,8 @@ from typing import Any
 from modeling.reliability.files import cannot_write, replacing, write_atomic
 
 SERIES = ("lr", "loss", "grad_norm", "held_out_loss")  # each published in a file of its own, without gaps
+# Names for people: with v-prediction the two are errors of different things, and their curves far apart.
+LOSSES = {"loss": "training loss, of the output", "held_out_loss": "held-out loss, of the noise (EMA)"}
 KEPT = ("step", "images", *SERIES, "seconds")  # of the file in the run's folder; seconds of training so far
 
 
@@ -53,9 +55,9 @@ class Curves:
         rows = self.rows()
         figure = Figure(figsize=(7, 4), dpi=120)
         axes = figure.subplots()
-        for key, label, marker in (("loss", "training loss", None), ("held_out_loss", "held-out loss (EMA)", ".")):
+        for key, label in LOSSES.items():
             points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "held_out_loss" else None)
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))  # curves seldom span more than a power of ten
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))

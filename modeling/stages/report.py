@@ -18,13 +18,13 @@ from modeling.pages.results import Results, folder_reader, thinned
 from modeling.recipe import NO_RECIPE, command, composed, differences, flat
 from modeling.reliability.errors import UserError
 from modeling.reliability.files import state_root, write_atomic
+from modeling.reporting.curves import LOSSES
 from modeling.settings import Config
 
 log = logging.getLogger(__name__)
 MOST_POINTS = 2000  # of a curve, in its plot and in the page's data
 MOST_GRIDS = 6
 FOR_MARKUP = 300_000  # bytes of a page for its own words, its tables and what JSON in HTML needs more
-LOSSES = {"loss": "training loss", "held_out_loss": "held-out loss (EMA)"}
 PICTURES = {  # headings, in the order of the page
     "samples.png": "Samples",
     "film.png": "Samples from the same noise during training",
