@@ -35,7 +35,8 @@ def test_the_package_imports_its_python_interface_on_first_use():
     assert done.stdout.split() == ["False", "False", "True"]
 
 
-def test_training_needs_no_plots_until_its_end():
-    code = "import sys, modeling.stages.train; print('matplotlib' in sys.modules)"
+@pytest.mark.parametrize(("stage", "late"), [("train", "matplotlib"), ("evaluate", "torch._dynamo")])
+def test_a_stage_imports_plots_and_the_compiler_when_it_needs_them(stage, late):
+    code = f"import sys, modeling.stages.{stage}; print('torch' in sys.modules, '{late}' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
+    assert done.stdout.split() == ["True", "False"]

@@ -3,7 +3,8 @@
 Heusel et al. 2017, Binkowski et al. 2018, Salimans et al. 2016, Kynkaanniemi et al. 2019. The reference is every
 training image, not flipped. Its features and the samples are kept, so that an evaluation that was stopped resumes. FID
 of few samples is biased: below MIN_SAMPLES its name ends in their number. Every process must call the functions that
-draw samples or compute features.
+draw samples or compute features. torch-fidelity is imported where it is used: it brings PyTorch's compiler along, which
+takes a second that an evaluation without FID does not need.
 """
 
 import hashlib
@@ -17,11 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from modeling.distributed.collectives import from_first, is_first, sharded
 from modeling.inference.kept import keep, read_kept
@@ -37,7 +33,7 @@ FEATURES = [2048, 1008]  # of the pool and of the logits
 FIDELITY = "inception", ["2048", "logits_unbiased"]  # torch-fidelity's names for them
 NEIGHBOURS = 3  # of precision and recall
 METRICS = {  # our names of torch-fidelity's
-    "fid": KEY_METRIC_FID,
+    "fid": "frechet_inception_distance",
     "kid": "kernel_inception_distance_mean",
     "kid_std": "kernel_inception_distance_std",
     "inception_score": "inception_score_mean",
@@ -81,6 +77,8 @@ class Inception:
 
 def load_inception(weights: str | None, sha256: str, device: torch.device) -> Inception:
     """The extractor with the weights of a file (None: the published ones), whose SHA-256 begins with `sha256`."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     path = download(sha256) if weights is None else existing("evaluation.inception_weights", weights)
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -98,7 +96,13 @@ def load_inception(weights: str | None, sha256: str, device: torch.device) -> In
 
 def cached_weights() -> Path:
     """Where the published weights are once they were downloaded: in PyTorch's cache folder."""
-    return Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+    return Path(torch.hub.get_dir(), "checkpoints", Path(_url()).name)
+
+
+def _url() -> str:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return str(URL_INCEPTION_V3)
 
 
 def download(sha256: str) -> Path:
@@ -110,7 +114,7 @@ def download(sha256: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 with stopped_at_once():
-                    torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256, progress=False)
+                    torch.hub.download_url_to_file(_url(), str(path), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:
             return short(error)
         return ""
@@ -138,8 +142,10 @@ def reference_features(inception: Inception, images: Tensor, data_sha256: str, f
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """FID (Heusel et al. 2017, equation 6) between two sets of features [N, D] and [M, D], in float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
     statistics = [fid_features_to_statistics(f.double()) for f in (features, reference)]
-    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[METRICS["fid"]])
 
 
 def enough_neighbours(samples: int, references: int) -> bool:
@@ -152,6 +158,10 @@ def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str
 
     Without precision and recall if there are too few images, see `enough_neighbours`.
     """
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     n = len(pool)
     log.info("FID and its relatives of %d samples", n)
     subset = min(KID_SUBSET, n, len(reference))
@@ -161,5 +171,5 @@ def quality_metrics(pool: Tensor, logits: Tensor, reference: Tensor) -> dict[str
         if enough_neighbours(n, len(reference)):
             options = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
             found |= prc_features_to_metric(pool, reference, **options)
-        found[KEY_METRIC_FID] = frechet_distance(pool, reference)
+        found[METRICS["fid"]] = frechet_distance(pool, reference)
     return {name if n >= MIN_SAMPLES else f"{name}_{n}": found[key] for name, key in METRICS.items() if key in found}

@@ -21,7 +21,7 @@ from helpers.pipeline import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 # All that a process of main.py imports, and what W&B imports as late as in its init.
 PRELOAD = ["modeling.stages.train", "modeling.stages.evaluate", "hydra.main", "matplotlib.pyplot", "wandb"]
-PRELOAD += ["wandb.sdk.launch.inputs.internal"]
+PRELOAD += ["wandb.sdk.launch.inputs.internal", "torch._dynamo"]
 CONTEXT.set_forkserver_preload(["helpers.processes", *PRELOAD])
 
 

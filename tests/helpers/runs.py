@@ -27,8 +27,12 @@ RECIPE = [
 
 
 def launch(folder, *changes, stage="train", recipe=RECIPE, limits=None, out="out", **environment):
-    """A process of main.py with its output in `folder`/`out` and, unless DVC_ROOT is given, its state in root/."""
-    arguments = [*recipe, f"stage={stage}", f"out_dir={folder / out}", *changes]
+    """A process of main.py with its output in `folder`/`out` and, unless DVC_ROOT is given, its state in root/.
+
+    `out` None: where a plain run writes by itself.
+    """
+    place = [] if out is None else [f"out_dir={folder / out}"]
+    arguments = [*recipe, f"stage={stage}", *place, *changes]
     return Launched(folder, arguments, folder, environment, limits)
 
 

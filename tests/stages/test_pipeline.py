@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 from helpers.configs import group
+from helpers.once import once
 from helpers.pipeline import ROOT, TINY, copy_repository, environment, main, spelled_out
 from helpers.processes import Launched
-from helpers.runs import curves, hashes
+from helpers.runs import curves, finish, hashes
 from PIL import Image
 
 import modeling.api
@@ -30,22 +31,30 @@ from modeling.stages import train
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory):
-    """A stand-in for the repository's root, so that tests leave no runs/ and wandb/ behind."""
-    return tmp_path_factory.mktemp("state")
+def plain(tmp_path_factory):
+    """A folder with all of one small plain run of all stages: its state, its outputs in out/, what it printed."""
+
+    def make(folder):
+        done = main(folder / "state", folder, *TINY, f"out_dir={folder / 'out'}")
+        assert done.returncode == 0, done.stderr
+        (folder / "printed").write_text(done.stdout)
+
+    return once(tmp_path_factory, "plain", make)
 
 
 @pytest.fixture(scope="module")
-def trained(state, tmp_path_factory):
-    """The outputs of one small plain run of all stages, and what it printed."""
-    out = tmp_path_factory.mktemp("plain")
-    done = main(state, out, *TINY, f"out_dir={out}")
-    assert done.returncode == 0, done.stderr
-    return out, done
+def state(plain):
+    """A stand-in for the repository's root, so that tests leave no runs/ and wandb/ behind."""
+    return plain / "state"
 
 
-def test_all_stages_leave_their_products(trained):
-    out, done = trained
+@pytest.fixture(scope="module")
+def trained(plain):
+    return plain / "out"
+
+
+def test_all_stages_leave_their_products(trained, plain):
+    out, printed = trained, (plain / "printed").read_text()
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     reports = {f"curves/{name}.csv" for name in ("loss", "held_out_loss", "lr", "grad_norm")}
     reports |= {"train.json", "train-details.json", "curves.png", "samples/step-000000004.png", "film.png"}
@@ -65,7 +74,7 @@ def test_all_stages_leave_their_products(trained):
     names = ("bits_per_dim", "bits_per_dim_stderr", "wavelet_distance", "wavelet_distance_stderr")
     assert found["evaluate"] == {"held_out_loss": evaluate["loss"]} | {key: evaluate[key] for key in names}
     assert Image.open(out / "samples/00000.png").size == (8, 8)
-    assert "parameters" in done.stdout and "wandb leet" in done.stdout
+    assert "parameters" in printed and "wandb leet" in printed
 
 
 def test_wandb_holds_the_run_and_never_the_code(trained, state):
@@ -95,20 +104,19 @@ def test_wandb_holds_the_run_and_never_the_code(trained, state):
 
 
 def test_the_same_command_again_trains_nothing_and_publishes_the_same(trained, state, tmp_path):
-    out, _ = trained
-    shutil.copytree(out / "data", tmp_path / "data")
-    command = [*TINY, f"out_dir={tmp_path}", "stage=train"]
-    done = main(state, tmp_path, *command, WANDB_MODE="disabled")
-    assert done.returncode == 0 and "going on after step 4" in done.stdout
+    shutil.copytree(trained / "data", tmp_path / "out/data")
+    root = {"recipe": TINY, "DVC_ROOT": str(state)}
+    assert "going on after step 4" in finish(tmp_path, **root)
     name = "models/model.safetensors"
-    assert (tmp_path / name).read_bytes() == (out / name).read_bytes() and curves(tmp_path) == curves(out)
-    shorter = main(state, tmp_path, *command, "trainer.steps=2", WANDB_MODE="disabled")
-    assert shorter.returncode == 0 and "-upto-2" in shorter.stdout and "going on" not in shorter.stdout
+    assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
+    assert curves(tmp_path / "out") == curves(trained)
+    shorter = finish(tmp_path, "trainer.steps=2", **root)
+    assert "-upto-2" in shorter and "going on" not in shorter
 
 
 def test_python_gives_the_bits_of_the_command(trained):
     """By the sampler of the model's recipe; with its own noise given, too."""
-    out, _ = trained
+    out = trained
     pictures = [np.asarray(Image.open(out / f"samples/{k:05}.png")) for k in range(4)]
     model = modeling.load_model(out / "models/model.safetensors")
     assert model.image_shape == (3, 8, 8) and model.classes == []
@@ -118,7 +126,7 @@ def test_python_gives_the_bits_of_the_command(trained):
 
 
 def test_docstring_example_and_page_of_python_run(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(trained[0])
+    monkeypatch.chdir(trained)
     done = doctest.testmod(modeling.api, verbose=False)
     assert done.attempted == 4 and done.failed == 0
     from_python.main("models/model.safetensors", str(tmp_path))
@@ -137,50 +145,46 @@ def test_docstring_example_and_page_of_python_run(trained, tmp_path, monkeypatch
     assert (pictures["interpolation"][[0, -1]].int() - ends.int()).abs().max() <= 1  # cos(pi / 2) is not quite 0
     blocks = re.findall("^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.M | re.S)
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained[0] / "models", "models")
+    shutil.copytree(trained / "models", "models")
     exec("\n".join(blocks), {})
     assert len(blocks) > 1 and Path("samples.png").exists()
 
 
-def test_plain_stages_find_model_and_data_by_themselves(trained, state, tmp_path):
-    (tmp_path / "models").mkdir()
-    weights = trained[0] / "models/model.safetensors"
-    sample = main(state, tmp_path, "stage=sample", f"model.weights={weights}", "sampler=ddim", "sampler.steps=2")
-    assert sample.returncode == 0, sample.stderr
+def test_plain_stages_find_model_and_data_by_themselves(trained, tmp_path):
+    state = tmp_path / "state"
+    weights = trained / "models/model.safetensors"
+    plain = {"recipe": [], "out": None, "DVC_ROOT": str(state)}
+    finish(tmp_path, f"model.weights={weights}", "sampler=ddim", "sampler.steps=2", stage="sample", **plain)
     assert len(list(tmp_path.glob("outputs/*/*/samples/*.png"))) == 64
-    many = main(state, tmp_path, "stage=sample", f"model.weights={weights}", "sampler.steps=21")
-    assert many.returncode == 2 and many.stderr == "error: sampler.steps=21: the model has 20 time steps\n"
+    many = finish(tmp_path, f"model.weights={weights}", "sampler.steps=21", stage="sample", code=2, **plain)
+    assert many == "error: sampler.steps=21: the model has 20 time steps"
     shutil.copytree(weights.parent, state / "models")  # where a run under DVC leaves it
-    arguments = ["stage=evaluate", "sampler.steps=2", "evaluation.bpd_images=2", "evaluation.fid_samples=null"]
-    evaluate = main(state, tmp_path, *arguments, WANDB_MODE="disabled")
-    assert evaluate.returncode == 0, evaluate.stderr
+    arguments = ["sampler.steps=2", "evaluation.bpd_images=2", "evaluation.fid_samples=null"]
+    finish(tmp_path, *arguments, stage="evaluate", **plain)
     assert list(tmp_path.glob("outputs/*/*/reports/evaluate.json")) and list((state / "runs/data").glob("shapes-*"))
 
 
 @pytest.mark.dev
-def test_models_go_to_diffusers_and_back(trained, state, tmp_path):
+def test_models_go_to_diffusers_and_back(trained, tmp_path):
     """The library's own pipeline draws our samples from the exported folder, and so do we."""
     from diffusers import DDPMPipeline  # here, since the other tests of this file need no requirements-dev.txt
 
-    weights, common = trained[0] / "models/model.safetensors", ["precision=fp32", f"out_dir={tmp_path}"]
-    exported = main(state, tmp_path, "stage=export", f"model.weights={weights}", *common)
-    assert exported.returncode == 0, exported.stderr
-    pipeline = DDPMPipeline.from_pretrained(tmp_path / "diffusers")
+    weights, options = trained / "models/model.safetensors", {"recipe": ["precision=fp32"]}
+    finish(tmp_path, f"model.weights={weights}", stage="export", **options)
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "out/diffusers")
     pipeline.set_progress_bar_config(disable=True)
     generators = SampleNoise(5, range(4), (3, 8, 8), "cpu").generators
     images = pipeline(batch_size=4, generator=generators, num_inference_steps=20, output_type="np").images
-    for source in (weights, tmp_path / "diffusers"):
+    for source in (weights, tmp_path / "out/diffusers"):
         sampler = ["sampler=ddpm", "sampler.steps=20", "sampler.num_samples=4", "sampler.seed=5"]
-        sample = main(state, tmp_path, "stage=sample", f"model.weights={source}", *sampler, *common)
-        assert sample.returncode == 0, sample.stderr
+        finish(tmp_path, f"model.weights={source}", *sampler, stage="sample", **options)
         for k, image in enumerate(images):
-            ours = np.asarray(Image.open(tmp_path / f"samples/{k:05}.png"))
+            ours = np.asarray(Image.open(tmp_path / f"out/samples/{k:05}.png"))
             assert np.abs(ours - 255 * image).max() <= 1.01  # one level of rounding
-    foreign = [f"model.weights={tmp_path / 'diffusers'}", "data=shapes", "data.image_size=8", "data.num_test=16"]
+    foreign = [f"model.weights={tmp_path / 'out/diffusers'}", "data=shapes", "data.image_size=8", "data.num_test=16"]
     few = ["bpd_images=2", "bpd_timesteps=2", "fid_samples=null"]
-    small = ["sampler.steps=2", *(f"evaluation.{each}" for each in few), "precision=fp32"]
-    evaluate = main(state, tmp_path, "stage=evaluate", *foreign, "data.num_train=64", *small, WANDB_MODE="disabled")
-    assert evaluate.returncode == 0, evaluate.stderr
+    small = ["sampler.steps=2", *(f"evaluation.{each}" for each in few), "data.num_train=64"]
+    finish(tmp_path, *foreign, *small, stage="evaluate", out=None, **options)
 
 
 BAD = {
@@ -232,12 +236,12 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     (tmp_path / "broken/cifar-10-batches-py/data_batch_1").write_bytes(b"half")
     for k in (8, 16):
         Image.new("RGB", (k, k)).save(tmp_path / f"mixed/{k}.png")
-    (tmp_path / "damaged").write_bytes((trained[0] / "models/model.safetensors").read_bytes()[:5000])
+    (tmp_path / "damaged").write_bytes((trained / "models/model.safetensors").read_bytes()[:5000])
     (tmp_path / "occupied").write_text("a file")
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/broken.yaml").write_text("a: [1")
     for name in ("models", "taken/models", "taken/data"):
-        shutil.copytree(trained[0] / Path(name).name, tmp_path / name)
+        shutil.copytree(trained / Path(name).name, tmp_path / name)
     for name in ("taken/reports", "taken/samples"):
         (tmp_path / name).write_text("a file where a folder must be")
     small = spelled_out("tiny", without="data" if arguments.startswith("data=") else "")
@@ -316,19 +320,23 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
     shown = {key for file in metrics.values() for key in file["data"]}
     measured = {"bits_per_dim", "bits_per_dim_stderr", "wavelet_distance", "wavelet_distance_stderr"}
     assert shown == {"held_out_loss", "images", "images_per_second", *measured}
+
+    def edited(file):
+        with (repository / "modeling" / file).open("a") as code:
+            code.write("# an edit that changes no weight\n")
+        status = json.loads(dvc(["dvc", "status", "--json"]).stdout)
+        return {stage for stage in ("prepare", "train", "evaluate") if "changed deps" in str(status.get(stage))}
+
+    for file, stage in {"reporting/progress.py": "train", "evaluation/fid.py": "evaluate"}.items():
+        text = (repository / "modeling" / file).read_text()
+        assert edited(file) == {stage}, file
+        (repository / "modeling" / file).write_text(text)
     made = hashes(repository / "models") | hashes(repository / "reports")
     refused = run("sampler.guidance_scale=2")
     assert refused.returncode and "error: sampler.guidance_scale=2.0: the model is not class" in refused.stderr
     assert hashes(repository / "models") | hashes(repository / "reports") == made  # DVC has removed nothing
-    edits = {"training/ema.py": "train", "reporting/progress.py": "train", "evaluation/fid.py": "evaluate"}
-    changes = {
-        "training/ema.py": "wandb.mode=disabled",
-        "evaluation/fid.py": "sampler.seed=5",
-    }  # repeat no more than that
-    for file, repeated in edits.items():
-        with (repository / "modeling" / file).open("a") as code:
-            code.write("# an edit that changes no weight\n")
-        assert experiment(changes.get(file, "wandb.mode=disabled")) == {repeated}, file
+    edited("training/ema.py")
+    assert experiment("wandb.mode=disabled") == {"train"}  # no more than that, since the weights are the same
     assert "up to date" in dvc(["dvc", "status"]).stdout
 
 
