@@ -77,7 +77,9 @@ def messages(path: Path) -> Iterator[str]:
             if name in RAISED and isinstance(node, ast.Call) and len(node.args) > RAISED[name]:
                 said = node.args[RAISED[name]]
                 if isinstance(said, ast.Name):
-                    before = [each for each in assigned if each.lineno < node.lineno and said.id in _names(each.targets)]
+                    before = [
+                        each for each in assigned if each.lineno < node.lineno and said.id in _names(each.targets)
+                    ]
                     said = max(before, key=lambda each: each.lineno).value if before else said
                 key = [*text_of(node.args[1]), "<key>"][0] + "=<value>: " if name == "require" else ""
                 yield from (key + text for text in text_of(said))

@@ -51,7 +51,7 @@ def paths(node, at=()):
             yield from paths(value, (*at, key))
 
 
-@settings(max_examples=500, **FAST)
+@settings(max_examples=250, **FAST)
 @given(data=st.data())
 def test_configurations(plain, data):
     values = copy.deepcopy(plain)
@@ -176,7 +176,7 @@ def test_model_files_whose_metadata_lie(place, plain, data):
 
 
 @pytest.mark.filterwarnings("error")
-@settings(max_examples=1000, **FAST)
+@settings(max_examples=250, **FAST)
 @given(data=st.data())
 def test_images(place, data):
     kind = data.draw(st.sampled_from(sorted(IMAGES)))

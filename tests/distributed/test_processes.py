@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from helpers.configs import group
+from helpers.once import once
 from helpers.pipeline import ROOT, TINY, environment
 from helpers.runs import curves, finish, saved_step
 from helpers.training import MODEL, Recorder, make, weights
@@ -31,6 +32,9 @@ from modeling.reliability.errors import ConfigError
 
 COMMON = [
     *TINY,
+    "model.model_channels=8",
+    "model.channel_mult=[1,2]",
+    "model.attention_resolutions=[4]",
     "precision=fp32",
     "trainer.batch_size=8",
     "trainer.timestep_sampling=stratified",
@@ -73,6 +77,11 @@ def main(root, *arguments, **more):
     return stdout
 
 
+def alone(root, *arguments, stage="all"):
+    """As main, in one process that starts fast."""
+    return finish(root, *arguments, stage=stage, recipe=COMMON, DVC_ROOT=str(root))
+
+
 def numbers(value):
     if isinstance(value, dict):
         return [number for part in value.values() for number in numbers(part)]
@@ -109,15 +118,13 @@ def two_nodes(root, *arguments, torchrun=()):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """All stages in one process."""
-    root = tmp_path_factory.mktemp("one")
-    main(root, "model.dropout=0")
-    return root
+    return once(tmp_path_factory, "one", lambda root: alone(root, "model.dropout=0"))
 
 
 @pytest.fixture
-def root(one, tmp_path):
+def root(tmp_path):
     """A folder with prepared data, where nothing is trained yet."""
-    shutil.copytree(one / "out/data", tmp_path / "root/out/data")
+    alone(tmp_path / "root", stage="prepare")
     return tmp_path / "root"
 
 
@@ -234,7 +241,7 @@ def test_another_number_of_processes_goes_on(root, one, record_deviation):
     results = [ended(process) for process in [start(*train, SLURM_PROCID=str(k), **slurm) for k in range(2)]]
     assert [code for code, _, _ in results] == [0, 0], results
     assert "2 processes" in results[0][1] and not results[1][1]
-    assert "going on after step 2" in main(root, "model.dropout=0", "trainer.nproc=1")
+    assert "going on after step 2" in alone(root, "model.dropout=0")
     check_equal(one, root, "2 processes, then 1", record_deviation)
 
 

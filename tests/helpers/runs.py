@@ -13,6 +13,8 @@ from modeling.checkpoints.checkpoint import step_of
 RECIPE = [
     *TINY,
     "model.model_channels=8",
+    "model.channel_mult=[1,2]",
+    "model.attention_resolutions=[4]",
     "model.dropout=0.1",
     "optimizer.warmup_steps=10",
     "optimizer.lr=1e-3",

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from helpers.once import once
 from helpers.pipeline import copy_repository, environment
 from helpers.processes import ROOT
 from helpers.runs import RECIPE, curves, finish, hashes, launch, run_folder, weights
@@ -25,10 +26,12 @@ DEMO = ["experiment=demo", "data.num_train=400", "data.num_test=500"]  # the dem
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with prepared data and a model of 40 undisturbed steps."""
-    folder = tmp_path_factory.mktemp("base")
-    for stage in ("prepare", "train"):
-        finish(folder, stage=stage)
-    return folder
+
+    def make(folder):
+        for stage in ("prepare", "train"):
+            finish(folder, stage=stage)
+
+    return once(tmp_path_factory, "base", make)
 
 
 @pytest.fixture
@@ -68,10 +71,13 @@ def fill(disk):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    for stage in ("prepare", "train"):
-        finish(folder, "trainer.steps=2", "trainer.sample_every=2", "trainer.sample_steps=2", stage=stage, recipe=DEMO)
-    return folder
+    few = ["trainer.steps=2", "trainer.sample_every=2", "trainer.sample_steps=2"]
+
+    def make(folder):
+        for stage in ("prepare", "train"):
+            finish(folder, *few, stage=stage, recipe=DEMO)
+
+    return once(tmp_path_factory, "demo", make)
 
 
 @pytest.mark.parametrize(

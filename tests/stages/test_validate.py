@@ -112,12 +112,15 @@ GIVEN["tabulated"] += ["trainer.sample_steps=2", "sampler.steps=3"]
 MISFITS = {
     "tiny": {"ddpm", "patches", "linear_scaled"},
     "cifar10_cpu": {"shapes_tiny"},
-    "cifar10_cpu_night": {"shapes_tiny"},
     "paper": {"shapes_tiny"},
 }
 
 
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "experiment").iterdir()))
+# Without those that are another one with other numbers.
+RECIPES = [path.stem for path in sorted((CONF / "experiment").iterdir()) if "override /" in path.read_text()]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_combines_with_every_choice(root, recipe):
     """Or is refused for what was typed: a choice that needs a value, or a network that does not fit the images."""
     for name in "ab":
