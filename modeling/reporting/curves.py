@@ -14,9 +14,9 @@ from typing import Any
 from modeling.reliability.files import cannot_write, replacing, write_atomic
 
 SERIES = ("lr", "loss", "grad_norm", "held_out_loss")  # each published in a file of its own, without gaps
+KEPT = ("step", "images", *SERIES, "seconds")  # of the file in the run's folder; seconds of training so far
 # Names for people: with v-prediction the two are errors of different things, and their curves far apart.
 LOSSES = {"loss": "training loss, of the output", "held_out_loss": "held-out loss, of the noise (EMA)"}
-KEPT = ("step", "images", *SERIES, "seconds")  # of the file in the run's folder; seconds of training so far
 
 
 class Curves:

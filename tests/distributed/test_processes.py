@@ -50,6 +50,11 @@ LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=120", "trainer.checkp
 LONG += ["trainer.log_every=50", "trainer.sample_every=1000", "trainer.evaluate_every=1000"]
 
 
+def measured():
+    """The variables of coverage, for processes whose lines no others run."""
+    return {key: value for key, value in os.environ.items() if key.startswith("COVERAGE_")}
+
+
 def python(root, *arguments, **changes):
     env = environment(root, WANDB_MODE="disabled", PYTHONPATH=str(ROOT), **changes)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -129,7 +134,7 @@ def root(tmp_path):
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path, one, record_deviation):
-    printed = main(tmp_path, "model.dropout=0", "trainer.nproc=4")
+    printed = main(tmp_path, "model.dropout=0", "trainer.nproc=4", **measured())
     assert "4 processes" in printed and printed.count("bits/dim") == 1  # one of them talks
     check_equal(one, tmp_path, "4 processes", record_deviation)
     assert not list(tmp_path.glob("*.log")) and not list(tmp_path.glob("out/*.log"))
@@ -288,7 +293,7 @@ def test_errors_of_one_rank_and_of_all_are_one_line(root):
 def test_what_processes_tell_each_other(tmp_path):
     """Until one of them dies, which the other one notices."""
     names = ["exchange", "save", "quality", "stop_elsewhere", "lose"]
-    env = {"MODELING_JOB": str(tmp_path), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    env = {"MODELING_JOB": str(tmp_path), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | measured()
     command = (tmp_path, ROOT / "tests/distributed/together.py", *names)
     first, second = map(ended, [python(*command, RANK=str(k), LOCAL_RANK=str(k), **env) for k in range(2)])
     assert first[0] == 0 and first[1].split() == names, first

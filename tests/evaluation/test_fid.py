@@ -118,7 +118,7 @@ def test_weights_are_downloaded_once(no_network, tmp_path, monkeypatch):
     with pytest.raises(fid.Unavailable, match=r"could not be downloaded .* evaluation.inception_weights="):
         load_inception(None, "6726825d", CPU.device)
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).touch(exist_ok=False))
-    path = tmp_path / "hub/checkpoints" / Path(fid.URL_INCEPTION_V3).name
+    path = tmp_path / "hub/checkpoints" / Path(feature_extractor_inceptionv3.URL_INCEPTION_V3).name
     assert fid.download("0" * 8) == path == fid.download("0" * 8) and path.exists()
 
 
