@@ -30,9 +30,12 @@ class Muon(torch.optim.Adam):
         """Without Adam's own, which mends states of old versions of PyTorch and wants Adam's for every parameter."""
         torch.optim.Optimizer.__setstate__(self, state)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Takes one step; `closure` is not used."""
+        with torch.no_grad():
+            self._step()
+
+    def _step(self) -> None:
         matrices, others = groups = self.param_groups
         self.param_groups = [others]  # for Adam there is nothing else
         try:
