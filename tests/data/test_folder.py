@@ -1,5 +1,6 @@
 """A user's folder: what counts as an image, its class and its split; reading all of it in parallel."""
 
+import multiprocessing
 import os
 import shutil
 
@@ -200,24 +201,44 @@ def test_an_unreadable_file_stops_or_is_left_out(tmp_path, caplog):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_number_of_threads_changes_nothing(tmp_path):
+@pytest.mark.parametrize("many", [10, 1000])
+def test_the_number_of_processes_or_threads_changes_nothing(tmp_path, monkeypatch, many):
+    monkeypatch.setattr(folder, "MANY", many)
     for k, name in enumerate("abc"):
         write_images(tmp_path / name, *[(4 + k, 6)] * 9)
-    found = [read_folder(tmp_path, threads, image_size=4) for threads in (1, 7)]
-    for one, many in zip(found[0][:2], found[1][:2], strict=True):
-        assert all(map(np.array_equal, one, many))
-    assert found[0][2:] == found[1][2:] and found[0][3] == {"resized or cropped": 27}
+    (tmp_path / "c/x.png").write_bytes(b"no image")
+    found = [read_folder(tmp_path, threads, image_size=4, skip_unreadable=True) for threads in (1, 3)]
+    for one, more in zip(found[0][:2], found[1][:2], strict=True):
+        assert all(map(np.array_equal, one, more))
+    assert found[0][2:] == found[1][2:]
+    assert found[0][3] == {"resized or cropped": 27, "unreadable and left out": 1}
+    with pytest.raises(UserError, match=r"x.png cannot be read as an image: .*; data.skip_unreadable=true"):
+        read_folder(tmp_path, 3, image_size=4)
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_is_killed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "MANY", 10)
+    monkeypatch.setattr(folder, "CHUNK", 1)
+    write_images(tmp_path, *[(4, 4)] * 40)
+    with pytest.raises(UserError, match=r"a process that read .* was killed"):
+        for _ in source(tmp_path)[0](2, folder.Counter()):
+            multiprocessing.active_children()[0].kill()
 
 
 def test_no_more_images_are_in_the_memory_than_the_threads_need(tmp_path, monkeypatch):
-    write_images(tmp_path, *[(4, 4)] * 40)
+    write_images(tmp_path, *[(4, 4)] * 90)
     begun, read = [], folder.read_picture
     monkeypatch.setattr(folder, "read_picture", lambda *arguments: begun.append(1) or read(*arguments))
-    for k, _ in enumerate(source(tmp_path)[0](3, folder.Counter())):
-        assert len(begun) <= k + 1 + 2 * 3
+    seen = 0
+    for images, _ in source(tmp_path)[0](3, folder.Counter()):
+        seen += len(images)
+        assert len(begun) <= seen + folder.CHUNK * 2 * 3
+    assert seen == 81
 
 
 def test_a_stop_leaves_nothing_half_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "CHUNK", 1)
     write_images(tmp_path / "images", *[(4, 4)] * 20)
     polls = iter(range(15))
 
