@@ -159,7 +159,7 @@ class DiffusionModel(nn.Module):
             loss = loss * self.loss_weights[t].to(loss.dtype)
         if self.variance == "learned":
             prediction = self.interpret(output, x_t, t, clip_denoised=False)
-            mean = Prediction(prediction.x_0.detach(), prediction.eps.detach(), prediction.fraction)
+            mean = prediction._replace(x_0=prediction.x_0.detach())
             loss = loss + VLB_WEIGHT * self.schedule.num_timesteps * self._bound(x_0, x_t, t, mean)
         return loss
 

@@ -23,7 +23,7 @@ def held_out_timesteps(num_images: int, num_timesteps: int) -> Tensor:
     """int64 [N] in [0, T): the time step of each image, evenly spread and shuffled."""
     spread = (torch.arange(num_images) * num_timesteps + num_timesteps // 2) // num_images
     generator = torch.Generator().manual_seed(step_seed(SEED, "held-out", num_images))
-    return spread.clamp(max=num_timesteps - 1)[torch.randperm(num_images, generator=generator)]
+    return spread[torch.randperm(num_images, generator=generator)]
 
 
 def model_inputs(

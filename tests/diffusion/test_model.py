@@ -39,9 +39,10 @@ def test_predict_inverts_q_sample(schedule, generator):
     prediction = model.predict(x_t, t, clip_denoised=False)
     torch.testing.assert_close(prediction.x_0, x_0, rtol=0, atol=1e-8)
     torch.testing.assert_close(prediction.eps, noise)
-    clipped = model.predict(x_t + 5, t, clip_denoised=True)
-    assert clipped.x_0.abs().max() <= 1
-    torch.testing.assert_close(model.q_sample(clipped.x_0, t, clipped.eps), x_t + 5)
+    for shift in (-5, 5):
+        clipped = model.predict(x_t + shift, t)
+        assert clipped.x_0.abs().max() == 1
+        torch.testing.assert_close(model.q_sample(clipped.x_0, t, clipped.eps), x_t + shift)
 
 
 def test_first_loss_is_the_mean_square_of_the_noise(generator):
@@ -52,6 +53,7 @@ def test_first_loss_is_the_mean_square_of_the_noise(generator):
     loss = model(torch.zeros(3, 3, 8, 8), torch.tensor([0, 5, 9]), noise)
     assert loss.shape == (3,)
     torch.testing.assert_close(loss, noise.square().flatten(1).mean(1), rtol=0, atol=0)
+    assert [*model.state_dict()] == [f"network.{name}" for name in network.state_dict()]  # no tables
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -101,6 +103,31 @@ def test_hybrid_loss_trains_the_variance_and_only_it(generator):
     assert bool((gradient[:, 1:].abs().flatten(1).sum(1) > 0).all()) and bool(gradient.isfinite().all())
 
 
+def test_the_bound_is_that_of_the_label_and_of_clipped_images(generator):
+    schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
+
+    def network(x, t, y):
+        return x * (1 + y.reshape(-1, 1, 1, 1))
+
+    network.num_classes = 2
+    y, t = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 3, 11, 19])
+    x_0 = torch.randint(0, 256, (4, 1, 2, 2), generator=generator).double() / 127.5 - 1
+    noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
+    told = DiffusionModel(lambda x, t: network(x, t, y), schedule)
+    clipped, free = (told.bound_term(x_0, t, noise, clip_denoised=clip) for clip in (True, False))
+    assert torch.equal(DiffusionModel(network, schedule).bound_term(x_0, t, noise, y=y), clipped)
+    assert not torch.equal(clipped, free)
+
+
+def test_the_variance_of_the_first_step_is_that_of_the_second():
+    """Whose own would be 0; a single step has beta."""
+    for betas, expected in (([0.1, 0.2], 0.2 * 0.1 / 0.28), ([0.1], 0.1)):
+        schedule = NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
+        model = DiffusionModel(nn.Identity(), schedule, variance="fixed_small")
+        like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        assert model.log_variance(torch.tensor([0]), like, 0.0).exp().item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("option", ["prediction_type", "variance"])
 def test_unknown_options_are_refused(option):
     with pytest.raises(ValueError, match=f"{option} 'no' is none of"):
@@ -109,16 +136,17 @@ def test_unknown_options_are_refused(option):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 3.0])
 def test_guidance_extrapolates_the_prediction(prediction_type, scale, variance, generator):
     """x_0 moves on the line from the unconditional to the conditional prediction; eps is the noise that fits.
 
     It is clipped after that, since the line may lead out of [-1, 1], or back.
     """
-    schedule = NoiseSchedule(linear_betas(20, 1e-3, 0.2))
+    schedule, seen = NoiseSchedule(linear_betas(20, 1e-3, 0.2)), []
 
     def network(x, t, y):
         """Says that x_0 is the value of the class; without a label, 0."""
+        seen.append(len(x))
         x_0 = torch.tensor([0.5, -0.1, 0.0], dtype=x.dtype)[y].reshape(-1, 1, 1, 1).expand_as(x)
         out = output_for(x_0, x, schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1), prediction_type)
         return torch.cat([out, y.reshape(-1, 1, 1, 1).expand_as(x) - 1.0], 1) if variance == "learned" else out
@@ -126,10 +154,11 @@ def test_guidance_extrapolates_the_prediction(prediction_type, scale, variance, 
     network.num_classes = 2
     model = DiffusionModel(network, schedule, prediction_type, variance)
     y, t = torch.tensor([1, 0, 0]), torch.tensor([0, 7, 19])
-    x = torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
+    x = torch.randn(3, 3, 2, 2, generator=generator, dtype=torch.float64)
     line = (scale * torch.tensor([-0.1, 0.5, 0.5], dtype=torch.float64)).reshape(3, 1, 1, 1).expand_as(x)
     for clip, expected in ((False, line), (True, line.clamp(-1, 1))):
         x_0, eps, fraction = model.predict(x, t, clip, y, scale)
         torch.testing.assert_close(x_0, expected, rtol=0, atol=1e-9)
         torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
         assert variance != "learned" or torch.equal(fraction[:, 0, 0, 0], y / 2.0)  # of the conditional prediction
+    assert seen == [3 if scale == 1 else 6] * 2

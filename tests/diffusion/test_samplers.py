@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.mixture import Mixture
-from modeling.diffusion.model import PREDICTION_TYPES, VARIANCES
+from modeling.diffusion.model import PREDICTION_TYPES, VARIANCES, Prediction
 from modeling.diffusion.samplers import SAMPLERS, SPACINGS, timestep_subsequence
 from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
 from modeling.settings import own_keys
@@ -224,3 +224,22 @@ def test_ideal_denoiser_of_a_finite_data_set_returns_members(x_T):
     for name in ("ddim", "ddpm"):
         nearest = (sample(name, model, x_T, timesteps)[:, None] - data[None]).abs().amax((2, 3, 4)).amin(1)
         assert nearest.max() < 1e-3
+
+
+@pytest.mark.parametrize(("eta", "draws"), [(0.0, 0), (0.5, 1), (1.0, 1)])
+def test_ddim_adds_noise_of_its_variance_but_not_to_the_image(x_T, eta, draws):
+    """Equation 16 of Song et al. 2021, seen where a network finds neither an image nor noise."""
+    alphas_cumprod, seen, drawn = torch.tensor([0.9, 0.6, 0.2], dtype=torch.float64), [], []
+
+    def predict(x, t):
+        seen.append(x)
+        return Prediction(0 * x, 0 * x, 0.0)
+
+    def noise():
+        drawn.append(torch.ones_like(x_T))
+        return drawn[-1]
+
+    SAMPLERS["ddim"](predict, x_T, [2, 0], alphas_cumprod, noise, eta=eta)
+    sigma = eta * math.sqrt((1 - 0.9) / (1 - 0.2)) * math.sqrt(1 - 0.2 / 0.9)
+    torch.testing.assert_close(seen[1], torch.full_like(x_T, sigma))
+    assert len(drawn) == draws

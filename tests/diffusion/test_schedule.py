@@ -38,13 +38,14 @@ def test_cosine_schedule_is_the_squared_cosine():
     assert schedule.betas[-1] == 0.999  # clipped
 
 
-@pytest.mark.parametrize("tau", [0.5, 1.0])
-def test_sigmoid_schedule_is_the_rescaled_sigmoid(tau):
-    schedule = NoiseSchedule(sigmoid_betas(50, -3.0, 3.0, tau))
+@pytest.mark.parametrize(("start", "end", "tau"), [(-3.0, 3.0, 0.5), (-3.0, 3.0, 1.0), (0.0, 3.0, 0.7)])
+def test_sigmoid_schedule_is_the_rescaled_sigmoid(start, end, tau):
+    schedule = NoiseSchedule(sigmoid_betas(50, start, end, tau))
     u = torch.arange(51, dtype=torch.float64) / 50
-    f = 1 / (1 + torch.exp((6 * u - 3) / tau))
+    f = 1 / (1 + torch.exp((start + (end - start) * u) / tau))
     torch.testing.assert_close(schedule.alphas_cumprod[:-1], ((f - f[-1]) / (f[0] - f[-1]))[1:-1])
-    assert schedule.betas[-1] == 0.999 and schedule.alphas_cumprod[24].item() == pytest.approx(0.5)
+    assert schedule.betas[-1] == 0.999
+    assert start == 0 or schedule.alphas_cumprod[24].item() == pytest.approx(0.5)
 
 
 def test_variance_recursion(schedule):
@@ -74,6 +75,10 @@ def test_a_table_has_a_beta_for_each_time_step():
 def test_posterior_at_the_first_step_is_x_0(schedule):
     assert schedule.posterior_mean_coef1[0].item() == pytest.approx(1, abs=1e-12)
     assert schedule.posterior_mean_coef2[0] == 0 and schedule.posterior_variance[0] == 0
+
+
+def test_the_arithmetic_is_in_float64():
+    assert NoiseSchedule(torch.tensor([0.1, 0.2])).alphas_cumprod.dtype == torch.float64
 
 
 def test_constants_are_not_saved_and_move_with_the_module(schedule):

@@ -25,7 +25,7 @@ def images(generator):
     return LabelledImages(images, torch.zeros(48, dtype=torch.int64))
 
 
-SPLITS = [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 49), (50, 50), (100, 1)]
+SPLITS = [(1, 5), (2, 1), (1000, 20), (1000, None), (50, 48), (50, 49), (50, 50), (100, 1)]
 
 
 @pytest.mark.parametrize(("num_timesteps", "count"), SPLITS)
@@ -68,7 +68,9 @@ class Terms:
 def test_bits_per_dim_and_its_standard_error_by_hand(images):
     """With every time step nothing is drawn but noise: the sum of the terms of each image."""
     labels = torch.arange(48) % 2
-    report = bits_per_dim(Terms(), LabelledImages(images.images, labels), 48, None, CPU)
+    model = Terms()
+    report = bits_per_dim(model, LabelledImages(images.images, labels), 48, None, CPU)
+    assert report["bits_per_dim_images"] == 48 and {noise.shape for _, noise in model.asked} == {(48, 1, 6, 6)}
     a = math.prod(1 - (1e-3 + (0.2 - 1e-3) * t / 59) for t in range(60))
     values = []
     for image, y in zip(images.images.double() / 127.5 - 1, labels.tolist(), strict=True):
@@ -90,6 +92,8 @@ def test_each_image_draws_its_time_steps_from_all_strata():
     steps = sum((end - first) * t.double().mean().item() for (first, end), (t, _) in zip(ranges, middle, strict=True))
     assert report["bits_per_dim_parts"]["middle"] == pytest.approx(0.1 * steps - 59, rel=1e-5)
     assert len(torch.cat([noise for _, noise in model.asked]).unique()) == 13 * 200
+    torch.manual_seed(1)  # changes nothing
+    assert bits_per_dim(Terms(), images, 200, 12, CPU) == report
 
 
 def test_the_held_out_loss_is_the_mean_of_its_quartiles(images):

@@ -64,6 +64,9 @@ def test_the_denoising_strip_is_what_the_first_samples_come_from(steps, spacing,
     assert strip.complete and list(strip.frames) == shown
     x_T = SampleNoise(sampler.seed, range(2), (3, 8, 8), "cpu")()
     assert torch.equal(strip.frames[9], to_uint8(x_T))
+    alone = DenoisingStrip(model.schedule.alphas_cumprod, sampler, count=1, frames=3)
+    draw_samples(model, sampler, range(1), (3, 8, 8), CPU, watch=alone)
+    assert torch.equal(alone.frames[9], strip.frames[9][:1])
     # From the last x_t on, the sampler returns the prediction of x_0.
     if steps == 4:
         x = x_T

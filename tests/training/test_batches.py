@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from modeling.data.prepared import LabelledImages
 from modeling.inference.images import to_model
 from modeling.seeds import step_seed
-from modeling.training.batches import BatchSource, draw_timesteps
+from modeling.training.batches import BatchSource, StepInputs, draw_timesteps
 
 
 def source(n=10, batch_size=4, flip=False, seed=0):
@@ -37,6 +37,13 @@ def test_labels_go_with_their_images():
 
 def test_batch_larger_than_the_data_set():
     assert torch.bincount(source(n=3, batch_size=9).indices(0)).tolist() == [3, 3, 3]
+
+
+def test_a_part_of_a_batch_without_labels_has_none():
+    x_0, t = torch.rand(3, 1, 2, 2), torch.arange(3)
+    part = StepInputs(x_0, t, -x_0, None).part(slice(1, 3))
+    assert torch.equal(part.x_0, x_0[1:]) and part.t.tolist() == [1, 2]
+    assert torch.equal(part.noise, -x_0[1:]) and part.y is None
 
 
 def test_flips_mirror_left_to_right_half_of_the_time():

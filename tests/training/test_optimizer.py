@@ -10,6 +10,7 @@ from helpers.training import adam
 from torch import nn
 
 from modeling.settings import own_keys
+from modeling.training.muon import orthogonal
 from modeling.training.optimizer import OPTIMIZERS, build_optimizer, learning_rate
 
 
@@ -33,6 +34,12 @@ def test_learning_rate():
     assert learning_rate(adam(warmup_steps=0, lr_decay="linear"), 4, 10) == pytest.approx(6e-4)
     cosine = [learning_rate(adam(warmup_steps=0, lr_decay="cosine"), step, 9) for step in (0, 3, 9)]
     assert cosine == pytest.approx([1e-3, 0.5e-3 * (1 + math.cos(math.pi / 3)), 0])
+    assert learning_rate(adam(warmup_steps=0, lr_decay="cosine"), 18, 9) == 0  # never up again
+
+
+def test_the_length_of_a_gradient_does_not_matter_to_muon(generator):
+    matrices = torch.randn(2, 3, 4, generator=generator)
+    assert torch.equal(orthogonal(2**-20 * matrices), orthogonal(matrices))
 
 
 def test_muon_is_pytorchs_for_matrices_and_adam_for_the_rest(generator):
