@@ -40,7 +40,7 @@ lint: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-# Which single changes of the mathematics no test notices, by name, and the score: about half an hour on one core. In a
+# Which single changes of the mathematics no test notices, by name, and the score: half an hour on one core. In a
 # copy, and there without the decorator, since mutmut leaves a decorated function as it is.
 mutants: .venv/.installed
 	rm -rf .mutants && mkdir .mutants && git ls-files -z | xargs -0 cp --parents -t .mutants
