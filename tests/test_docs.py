@@ -137,6 +137,23 @@ def test_commands_of_dvc_parse_and_compose():
                 check_overrides(re.sub("<[^<>]+>", "x", span).split()[1::2])
 
 
+def test_what_needs_a_network_or_hours_is_marked():
+    """The rows of commands.md that compose to data of the network, or to a training of more than a demo."""
+    rows = [line.split("|")[1:3] for line in (ROOT / "docs/commands.md").read_text().splitlines() if line.startswith("| ")]
+    found = 0
+    for wanted, typed in rows:
+        for command in re.findall(
+            r"`((?:dvc exp run|python main.py) [^`]*experiment=[^`]*|dvc exp run(?: -S data=\w+)?)`", typed
+        ):
+            config = load(*(word for word in shlex.split(command) if "=" in word and "stage=" not in word))
+            marks = wanted.partition("(")[2] if "(" in wanted else ""
+            assert ("network" in wanted) == (config.data.name not in ("shapes", "shapes_tiny")), command
+            long = config.trainer.steps > 2000 and "stage=check" not in command
+            assert bool(re.search("hour|days", marks or wanted)) == long, command
+            found += 1
+    assert found >= 6
+
+
 class Parsed(Exception):
     pass
 
