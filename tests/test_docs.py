@@ -139,7 +139,9 @@ def test_commands_of_dvc_parse_and_compose():
 
 def test_what_needs_a_network_or_hours_is_marked():
     """The rows of commands.md that compose to data of the network, or to a training of more than a demo."""
-    rows = [line.split("|")[1:3] for line in (ROOT / "docs/commands.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        line.split("|")[1:3] for line in (ROOT / "docs/commands.md").read_text().splitlines() if line.startswith("| ")
+    ]
     found = 0
     for wanted, typed in rows:
         for command in re.findall(

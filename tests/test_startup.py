@@ -35,8 +35,8 @@ def test_the_package_imports_its_python_interface_on_first_use():
     assert done.stdout.split() == ["False", "False", "True"]
 
 
-def test_stages_import_plots_and_the_compiler_when_they_need_them():
-    code = "import sys, modeling.stages.train; print('matplotlib' in sys.modules)"
+def test_stages_import_plots_wandb_and_the_compiler_when_they_need_them():
+    code = "import sys, modeling.stages.train; print({'matplotlib', 'wandb'} & {*sys.modules} != set())"
     code += "; import modeling.stages.evaluate; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "False"]

@@ -3,6 +3,7 @@
 A run belongs to one experiment (`experiment`). Without a key or a network it is written offline, and one line says how
 to open it. Every value is logged with an explicit step, so that a resumed run continues its curves. If a picture fails,
 the numbers go on; if W&B fails, training goes on without it. W&B's variables in the environment override conf/.
+wandb is imported where it is used: it takes half a second, and `wandb.mode=disabled` and most processes use none of it.
 """
 
 import logging
@@ -16,8 +17,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import wandb
 
 from modeling.reliability.errors import short
 from modeling.reliability.files import state_root
@@ -74,6 +73,8 @@ class Picture(NamedTuple):
 
 def has_key() -> bool:
     """Whether W&B finds an API key, in the environment or where `wandb login` leaves it; asks no server."""
+    import wandb
+
     return bool(wandb.login(prompt=False, verify=False))
 
 
@@ -95,6 +96,8 @@ class WandbRun:
         self.without: set[str] = set()  # the pictures that failed
         if mode == "disabled":
             return
+        import wandb
+
         root = state_root()
         for name in ("cache", "data"):  # else in the home folder, which may be read-only
             os.environ.setdefault(f"WANDB_{name.upper()}_DIR", str(root.absolute() / "wandb" / name))
@@ -164,6 +167,8 @@ class WandbRun:
         """Logs a picture; one that fails costs a warning, the first time, and nothing else."""
         if self.run is None:
             return
+        import wandb
+
         try:
             self.run.log({key: wandb.Image(str(picture.path), caption=picture.caption)}, step=step)
         except Exception as error:  # of Pillow, the disk or W&B
