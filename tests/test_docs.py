@@ -94,6 +94,16 @@ def test_links_lead_somewhere():
     assert not [link for folder, link in links if "://" not in link and not (folder / link).exists()]
 
 
+def test_faults_are_counted_as_the_tests_inject_them():
+    page = (ROOT / "docs/reliability.md").read_text()
+    examples = re.findall(r"max_examples=(\d+)", (ROOT / "tests/test_fuzz.py").read_text())
+    assert f"| {sum(map(int, examples)):,}: {examples[0]} configurations," in page
+    kills = (ROOT / "tests/reliability/test_kill.py").read_text()
+    (moments,) = map(int, re.findall(r"^RANDOM_KILLS = (\d+)", kills, re.M))
+    (places,) = re.findall(r"^AIMED_KILLS = \[(.*)\] \* 2", kills, re.M)
+    assert f"| {moments + 2 * len(places.split()) + 1}: {moments} at random moments, 2 each" in page
+
+
 OTHERS = ("extending.md", "troubleshooting.md")  # patches that add choices; messages that quote parts of commands
 
 
