@@ -277,6 +277,7 @@ def test_dvc_trains_again_for_the_keys_of_the_trainer_that_affect_a_result():
     keys = {f"trainer.{key}" for what in ("weights", "outputs") for key in affects(config, what)}
     assert {key for key in stages()["train"]["params"] if key.startswith("trainer")} == keys
     assert not any(key.startswith("trainer") for key in stages()["evaluate"]["params"])
+    assert "sampler" in stages()["evaluate"]["params"] and "sampler" not in stages()["train"]["params"]
 
 
 def test_the_fingerprint_covers_the_code_of_training():
