@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from modeling.data import folder, pictures, published, shapes, sources
+from modeling.data import folder, pictures, published, reading, shapes, sources
 from modeling.data.pictures import GREY
 from modeling.data.splits import Arrays, Source
 from modeling.reliability.errors import ConfigError, UserError, short
@@ -130,7 +130,8 @@ def prepared_folder(config: Config, data: DataConfig) -> Path:
     # Whatever kind of path a source has: a file, or the files of a folder.
     found = [existing("data.path", keys["path"])] if "path" in (keys := own_keys(data)) else []
     key = affects(data, "weights") | {"files": [(str(path), folder.listing(path)) for path in found]}
-    key["code"] = [Path(str(module.__file__)).read_text() for module in (folder, pictures, published, shapes, sources)]
+    code = (folder, pictures, published, reading, shapes, sources)
+    key["code"] = [Path(str(module.__file__)).read_text() for module in code]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return state_root() / "runs" / "data" / f"{data.name}-{digest}"
 

@@ -1,4 +1,4 @@
-"""The compare command: the order, the parameters that differ, its table and its page; and once with DVC itself."""
+"""The compare command: its table and its page; and once with DVC itself."""
 
 import re
 import runpy
@@ -7,111 +7,14 @@ import subprocess
 import sys
 
 import pytest
+from helpers.experiments import NAMES, shown, state
 from helpers.pages import Page
 from helpers.pipeline import environment
 from PIL import Image
 
 from modeling.commands import compare
+from modeling.pages.experiments import Experiment
 from modeling.reliability.errors import UserError
-
-NAMES = ["[red]<script>", "second", "third"]
-
-
-def state(name, params=None, executor=None, error=None, **metrics):
-    """What `dvc exp show --json` says of an experiment."""
-    data = {
-        "timestamp": "2026-01-02T03:04:05",
-        "metrics": {
-            "reports/evaluate.json": {"data": metrics} if metrics else {"error": {"type": "FileNotFoundError"}}
-        },
-        "params": {"params.yaml": {"data": params or {}}},
-    }
-    rev = {"rev": f"{name}-0123456789", "name": name, "data": data, "error": error}
-    return {"name": name, "revs": [rev], "executor": executor and {"state": executor}}
-
-
-def shown(*experiments, **workspace):
-    """A workspace, and a commit without metrics with its experiments."""
-    first, head = state("workspace", **workspace)["revs"][0], state("master")["revs"][0]
-    return [first | {"rev": "workspace", "name": None}, head | {"experiments": list(experiments)}]
-
-
-@pytest.fixture
-def rows():
-    settings = [
-        {"data": {"name": "shapes"}, "optimizer": {"lr": lr, "name": "adam"}, "seed": 0, "wandb": {"mode": mode}}
-        for lr, mode in ((0.1, "a"), (0.2, "b"), (0.1, "c"))
-    ]
-    losses = (0.3, 0.1, 0.2)
-    each = zip(NAMES, settings, losses, strict=True)
-    done = [state(name, params, held_out_loss=loss, bits_per_dim=3.0, images=9) for name, params, loss in each]
-    waiting = [state("waits", settings[0] | {"seed": 5}, "queued"), state("broke", error={"msg": "failed"}, old=1.0)]
-    return compare.parse(shown(*done, *waiting, state("runs", executor="running", fid=1.0)))
-
-
-def ranked(rows):
-    return {row.name: row.rank for row in rows if row.rank}
-
-
-def test_rows_tell_what_is_done_from_what_is_not(rows):
-    states = {row.name: row.state for row in rows}
-    assert states == {"workspace": "", "master": "", **dict.fromkeys(NAMES, ""), "waits": "queued"} | {
-        "broke": "failed",
-        "runs": "running",
-    }
-    assert not any(row.metrics for row in rows if row.state) and rows[2].created == "01-02 03:04"
-    (unnamed,) = compare.parse([{"rev": "0123456789", "name": None, "data": None}])
-    assert (unnamed.name, unnamed.metrics) == ("0123456", {})
-
-
-def test_the_best_is_first(rows):
-    assert compare.rank(rows, None) == "bits_per_dim" and {*ranked(rows).values()} == {1}  # equal ones share a number
-    assert compare.rank(rows, "held_out_loss") == "held_out_loss"
-    assert ranked(rows) == dict(zip(NAMES, (3, 1, 2), strict=True))
-    rows[2].metrics["images"] = 10
-    compare.rank(rows, "images")  # more is better
-    assert ranked(rows) == dict(zip(NAMES, (1, 2, 2), strict=True))
-    with pytest.raises(UserError, match="--sort-by x: allowed are held_out_loss, bits_per_dim, images"):
-        compare.rank(rows, "x")
-
-
-def test_the_order_is_by_fid_only_if_all_have_it(rows):
-    rows[2].metrics["fid_1000"] = 4.0
-    assert compare.rank(rows, None) == "bits_per_dim"
-    for row in rows[3:5]:
-        row.metrics["fid_1000"] = 3.0
-    assert compare.rank(rows, None) == "fid_1000"
-    for row in rows[2:5]:
-        row.metrics = {"images": 1.0} if row is rows[2] else {"held_out_loss": 1.0}
-    assert compare.rank(rows, None) == "held_out_loss" and rows[2].rank is None
-    assert compare.rank(compare.parse(shown(state("waits", executor="queued"))), None) == ""
-    with pytest.raises(UserError, match="none yet"):
-        compare.rank([], "fid")
-
-
-def test_only_what_differs_is_told_what_is_unusual_first(rows):
-    found = dict(zip([row.name for row in rows], compare.differences(rows), strict=True))
-    assert found["workspace"] == found["master"] == {}
-    assert next(iter(found["second"].items())) == ("optimizer.lr", 0.2)
-    assert [*found["waits"].items()] == [
-        ("seed", 5),
-        ("data.name", "shapes"),
-        ("optimizer.lr", 0.1),
-        ("optimizer.name", "adam"),
-    ]
-    same = compare.parse(shown(*(state(name, {"seed": 1}, held_out_loss=1.0) for name in "ab")))
-    assert not any(compare.differences(same))
-    rows[2].params["data.name"] = "cifar10"
-    assert any("different data" in note for note in compare.notes(rows, "fid"))
-    assert not compare.notes(same, "")
-
-
-def test_there_are_ten_columns_at_most(rows):
-    rows[2].metrics |= {f"fid_{k}": 1.0 for k in range(9)} | {"bits_per_dim_stderr": 0.5, "images_per_second": 2.0}
-    rows[2].metrics |= {"wavelet_distance": 0.1, "recognised": 0.5}
-    headings, cells = compare.table(rows, 20)
-    assert len(headings) == 10 and {*map(len, cells)} == {10} and "3.000 ± 0.500" in cells[2]
-    assert max(len(row[-1]) for row in cells) <= 20
 
 
 def run(monkeypatch, experiments, *arguments):
@@ -157,7 +60,7 @@ def test_the_page_shows_curves_and_samples_side_by_side(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "reader", lambda row: ({} if row.name == "third" else files).get)
     run(monkeypatch, done(), "--html", str(tmp_path / "page.html"))
     page = Page((tmp_path / "page.html").read_text()).check()
-    assert page.text["figcaption"] == ["Training loss", "second", "[red]<script>"]
+    assert page.text["figcaption"] == ["Training loss, of the output", "second", "[red]<script>"]
     assert NAMES[0] in page.text["td"] and {"seed"} == {*page.text["code"]}
     found = {each["name"]: each for each in page.data["experiments"]}
     assert found["second"]["curves"] == {"loss": [[1, 0.5], [2, 0.25]]} and found["third"]["curves"] == {}
@@ -216,7 +119,7 @@ def test_experiments_of_dvc(repository, capsys):
     assert "seed=3" in capsys.readouterr().out
     shutil.rmtree(repository / ".dvc/cache")
     read = compare.reader(
-        compare.Experiment(**{key: each for key, each in found["done"].items() if key not in ("rank", "curves")})
+        Experiment(**{key: each for key, each in found["done"].items() if key not in ("rank", "curves")})
     )
     assert read("curves/loss.csv") is None and read("evaluate.json") == b'{"held_out_loss": 0.5}'
 

@@ -3,13 +3,14 @@
 import multiprocessing
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 from helpers.images import read_folder, source, write_images
 from PIL import Image
 
-from modeling.data import folder
+from modeling.data import reading
 from modeling.data.folder import find_images, folder_form, listing
 from modeling.data.prepared import write_prepared
 from modeling.reliability.errors import ConfigError, Stopped, UserError
@@ -189,7 +190,7 @@ def test_an_unreadable_file_stops_or_is_left_out(tmp_path, caplog):
         read_folder(tmp_path)
     (train, labels), (test, _), _, notes = read_folder(tmp_path, skip_unreadable=True, test_fraction=0.4)
     assert len(train) == len(labels) and len(train) + len(test) == 4 and notes == {"unreadable and left out": 6}
-    assert len(caplog.messages) == folder.NAMED and all("left out: " in line for line in caplog.messages)
+    assert len(caplog.messages) == reading.NAMED and all("left out: " in line for line in caplog.messages)
     keys = {"image_size": None, "channels": 3, "background": "white"}
     assert folder_form(str(tmp_path), 0.1, True, **keys) == ([4, 4, 3], ["."])
     for file in tmp_path.iterdir():
@@ -203,7 +204,7 @@ def test_an_unreadable_file_stops_or_is_left_out(tmp_path, caplog):
 
 @pytest.mark.parametrize("many", [10, 1000])
 def test_the_number_of_processes_or_threads_changes_nothing(tmp_path, monkeypatch, many):
-    monkeypatch.setattr(folder, "MANY", many)
+    monkeypatch.setattr(reading, "MANY", many)
     for k, name in enumerate("abc"):
         write_images(tmp_path / name, *[(4 + k, 6)] * 9)
     (tmp_path / "c/x.png").write_bytes(b"no image")
@@ -218,27 +219,27 @@ def test_the_number_of_processes_or_threads_changes_nothing(tmp_path, monkeypatc
 
 
 def test_a_process_that_is_killed_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "MANY", 10)
-    monkeypatch.setattr(folder, "CHUNK", 1)
+    monkeypatch.setattr(reading, "MANY", 10)
+    monkeypatch.setattr(reading, "CHUNK", 1)
     write_images(tmp_path, *[(4, 4)] * 40)
     with pytest.raises(UserError, match=r"a process that read .* was killed"):
-        for _ in source(tmp_path)[0](2, folder.Counter()):
+        for _ in source(tmp_path)[0](2, Counter()):
             multiprocessing.active_children()[0].kill()
 
 
 def test_no_more_images_are_in_the_memory_than_the_threads_need(tmp_path, monkeypatch):
     write_images(tmp_path, *[(4, 4)] * 90)
-    begun, read = [], folder.read_picture
-    monkeypatch.setattr(folder, "read_picture", lambda *arguments: begun.append(1) or read(*arguments))
+    begun, read = [], reading.read_picture
+    monkeypatch.setattr(reading, "read_picture", lambda *arguments: begun.append(1) or read(*arguments))
     seen = 0
-    for images, _ in source(tmp_path)[0](3, folder.Counter()):
+    for images, _ in source(tmp_path)[0](3, Counter()):
         seen += len(images)
-        assert len(begun) <= seen + folder.CHUNK * 2 * 3
+        assert len(begun) <= seen + reading.CHUNK * 2 * 3
     assert seen == 81
 
 
 def test_a_stop_leaves_nothing_half_prepared(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "CHUNK", 1)
+    monkeypatch.setattr(reading, "CHUNK", 1)
     write_images(tmp_path / "images", *[(4, 4)] * 20)
     polls = iter(range(15))
 
@@ -246,7 +247,7 @@ def test_a_stop_leaves_nothing_half_prepared(tmp_path, monkeypatch):
         if next(polls, None) is None:
             raise Stopped("stopped")
 
-    monkeypatch.setattr(folder, "poll", poll)
+    monkeypatch.setattr(reading, "poll", poll)
     with pytest.raises(Stopped):
         write_prepared(tmp_path / "out", source(tmp_path / "images"), {}, threads=2)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
