@@ -18,6 +18,8 @@ from modeling.reliability.files import write_atomic
 from modeling.reporting.curves import LOSSES
 
 WIDTH = 100  # columns where there is no terminal
+LEAST = 5  # columns, with one metric
+LONGEST = 24  # characters of a name in one line
 LINES = 2  # of the parameters of an experiment, in a quarter of the width
 MOST_POINTS = 500  # of a curve
 FOR_MARKUP = 400_000  # bytes of a page for its own words, its table and what JSON in HTML needs more
@@ -78,6 +80,10 @@ def print_table(rows: Sequence[Experiment]) -> None:
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
     headings, cells = table(rows, LINES * (width // 4))
+    left_out: list[str] = []
+    while len(headings) > LEAST and _needed([headings, *cells]) > width - width // 4:  # the last are the least telling
+        left_out.insert(0, headings.pop(-2))
+        cells = [[*row[:-2], row[-1]] for row in cells]
     shown = Table(box=None, expand=True, pad_edge=False)
     for heading in headings[:-1]:
         number = heading not in ("rank", "experiment", "created")
@@ -86,6 +92,13 @@ def print_table(rows: Sequence[Experiment]) -> None:
     for row in cells:
         shown.add_row(*map(Text, row))  # as text: a name in brackets is no style
     Console(width=width, highlight=False).print(shown)
+    if left_out:
+        print(f"no room for: {', '.join(left_out)}; --html shows all")
+
+
+def _needed(lines: Sequence[Sequence[str]]) -> int:
+    """Characters that all columns but the last take, with the blanks between them; longer names are wrapped."""
+    return sum(min(max(map(len, column)), LONGEST) + 2 for column in list(zip(*lines, strict=True))[:-1])
 
 
 def page(rows: Sequence[Experiment], metric: str) -> str:

@@ -41,6 +41,17 @@ def test_the_table_fits_and_names_are_text(monkeypatch, capsys):
     assert 100 < max(map(len, plain.splitlines())) <= 150
 
 
+def test_columns_without_room_are_named_and_the_others_whole(monkeypatch, capsys):
+    measured = {"wavelet_distance": 0.05, "wavelet_distance_stderr": 0.003, "bits_per_dim": 2.4, "recognised": 0.99}
+    measured |= {"bits_per_dim_stderr": 0.02, "held_out_loss": 0.02, "images": 19200, "images_per_second": 102.9}
+    run(monkeypatch, shown(state("pupal-cony", **measured)))
+    lines = capsys.readouterr().out.splitlines()
+    for whole in ("experiment", "wavelet distance", "bits/dim", "loss", "differs in"):
+        assert whole in lines[0]
+    assert "pupal-cony" in lines[1] and max(map(len, lines)) <= compare.WIDTH
+    assert lines[-2] == "no room for: recognised, images, images/s; --html shows all"
+
+
 def test_only_the_named_are_compared(monkeypatch, capsys):
     run(monkeypatch, done(), "second", "third")
     printed = capsys.readouterr().out
