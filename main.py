@@ -8,6 +8,7 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import hydra
@@ -44,15 +45,24 @@ def run(cfg: DictConfig) -> None:
         resume = config.trainer.resume
         out = Path(config.out_dir or settings.runtime.output_dir)
         count = launcher.workers_to_start(config, settings.mode == RunMode.MULTIRUN)
+        stages = ORDER if config.stage == "all" else (config.stage,)
         if count:
-            raise SystemExit(launcher.launch(count, settings.runtime.output_dir, TYPED, resume))
+            for stage in stages:
+                _module(stage)  # once for all workers
+            code = launcher.launch(count, TYPED, resume)
+            if code is not None:
+                raise SystemExit(code)
         with launcher.joined(config, out) as out:
-            for stage in ORDER if config.stage == "all" else (config.stage,):
+            for stage in stages:
                 launcher.poll_all()  # what the first process has written in the stage before is there
                 if launcher.takes_part(stage):
-                    importlib.import_module(f"modeling.stages.{stage}").run(config, out)
+                    _module(stage).run(config, out)
     except Exception as error:  # here, since Hydra adds a line to what leaves this function
         _end(error, stage, resume)
+
+
+def _module(stage: str) -> ModuleType:
+    return importlib.import_module(f"modeling.stages.{stage}")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from modeling.reliability.errors import ConfigError, UserError, require
-from modeling.reliability.signals import JOB, TORCHRUN
+from modeling.reliability.signals import TORCHRUN
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DEFAULT_PORT = "29500"  # torchrun's too
@@ -48,8 +48,6 @@ def settle() -> None:
         ConfigError: they say half of what is needed, or contradict each other.
         UserError: it is DVC that was started several times.
     """
-    if JOB in os.environ:
-        return
     if TORCHRUN not in os.environ:
         given = {name: value for name in VARIABLES if (value := os.environ.pop(name, "").strip())}
         os.environ.update(derive(given, os.environ))

@@ -1,19 +1,21 @@
 """The launcher of trainer.nproc, and what each of its workers does at its start and at its end.
 
-trainer.nproc=N runs the same command in N workers, with the environment variables that torchrun sets too. Each worker
-has a session of its own, so a Ctrl-C reaches it once, through the launcher, and it ends when the launcher ends. It
-writes its last line to the job's folder; the launcher prints that of the first to fail. No torch: main.py starts fast.
+trainer.nproc=N forks N workers, with the environment variables that torchrun sets too. The launcher has imported
+PyTorch by then, so that they start at once and share its memory, but has not touched CUDA, which no fork survives. Each
+worker has a session of its own, so a Ctrl-C reaches it once, through the launcher, and it ends when the launcher ends.
+It writes its last line to the job's folder; the launcher prints that of the first to fail. No torch at the top of this
+file: main.py starts fast.
 """
 
 import logging
 import math
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +24,6 @@ from modeling.reliability.errors import ConnectionLost, Stopped, require
 from modeling.reliability.signals import JOB, STOP_FILE, resume_command, stop_requested
 from modeling.settings import Config
 
-RUN_DIR = "MODELING_RUN_DIR"  # Hydra's folder of the launcher; a worker's own would be named seconds later
 SHARED = ("train", "sample", "evaluate")  # the stages that all processes work on; the first one runs the others
 GRACE = 10.0  # seconds that the other workers have to end after a failure
 LAST = 60.0  # seconds that a worker has to save after the launcher was killed
@@ -39,10 +40,7 @@ def overrides() -> list[str]:
     UserError if that cannot be told, see job.py.
     """
     settle()
-    if _rank() > 0:
-        return ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
-    quoted = os.environ.get(RUN_DIR, "").replace("\\", "\\\\").replace("'", "\\'")
-    return [f"hydra.run.dir='{quoted}'"] if quoted else []
+    return ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"] if _rank() > 0 else []
 
 
 def workers_to_start(config: Config, multirun: bool) -> int:
@@ -58,30 +56,30 @@ def workers_to_start(config: Config, multirun: bool) -> int:
     return nproc if nproc > started and config.stage in ("all", *SHARED) else 0
 
 
-def launch(count: int, run_dir: str, command: Sequence[str], resume: str) -> int:
-    """Runs a Python file with its arguments in `count` workers; prints why they failed and gives the exit code.
+def launch(count: int, command: Sequence[str], resume: str) -> int | None:
+    """Forks `count` workers and returns None in each of them.
 
-    `run_dir` is Hydra's folder of this process, `resume` is trainer.resume.
+    In the launcher: waits for their end, prints why they failed and gives the exit code. `command` is a Python file
+    with its arguments, `resume` is trainer.resume.
     """
     import tempfile  # here, since every other command starts faster without it
 
-    # This job may use fewer than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads, size = str(max(1, cores // count)), str(count)
-    workers: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="ddpm-") as folder:
-        try:
-            for rank in map(str, range(count)):
-                env = {"OMP_NUM_THREADS": threads, **os.environ, "RANK": rank, "LOCAL_RANK": rank, JOB: folder}
-                env |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, RUN_DIR: run_dir}
-                # Nothing is written to the pipe: its end tells a worker that the launcher has ended.
-                started = [sys.executable, *command]
-                workers.append(subprocess.Popen(started, env=env, stdin=subprocess.PIPE, start_new_session=True))
-            codes = _exit_codes(workers, Path(folder, STOP_FILE))
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
+    folder = tempfile.mkdtemp(prefix="ddpm-")
+    # Nothing is written to it: its end tells a worker that the launcher has ended.
+    ends, open_while_launcher_lives = os.pipe()
+    sys.stdout.flush()  # or each worker would print it again
+    workers: list[int] = []
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os.close(open_while_launcher_lives)
+            _become_worker(rank, count, folder, ends)
+            return None
+        workers.append(pid)
+    os.close(ends)
+    codes: dict[int, int] = {}
+    try:
+        _wait(workers, codes, Path(folder, STOP_FILE))
         first = min(codes, key=lambda k: HARMLESS.get(codes[k], 0))  # of several alike, the first that ended
         code, line = codes[first], Path(folder, f"last-line-{first}")
         if line.exists():
@@ -90,22 +88,44 @@ def launch(count: int, run_dir: str, command: Sequence[str], resume: str) -> int
             end = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
             advice = f"the last checkpoint is kept; to go on: {resume_command(command, resume)}"
             print(f"error: process {first} of {count} {end}: {advice}", file=sys.stderr)
+    finally:
+        for rank in {*range(count)} - codes.keys():
+            os.kill(workers[rank], signal.SIGKILL)
+            os.waitpid(workers[rank], 0)
+        os.close(open_while_launcher_lives)
+        shutil.rmtree(folder, ignore_errors=True)
     return 1 if code < 0 or code == ConnectionLost.exit_code else code
 
 
-def _exit_codes(workers: Sequence[subprocess.Popen[bytes]], stop: Path) -> Mapping[int, int]:
-    """The exit codes by rank, in the order of the ends; none for a worker that still runs GRACE after a failure."""
-    codes: dict[int, int] = {}
+def _become_worker(rank: int, count: int, folder: str, ends: int) -> None:
+    """Makes this process, just forked, the worker `rank` of `count`."""
+    import torch
+
+    os.setsid()
+    os.dup2(ends, 0)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # This job may use fewer cores than the machine has.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // count))
+        torch.set_num_threads(max(1, cores // count))  # PyTorch has read the variable already
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), JOB: folder}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+
+
+def _wait(workers: Sequence[int], codes: dict[int, int], stop: Path) -> None:
+    """Notes the exit codes by rank, in the order of the ends; none of a worker that runs GRACE after a failure."""
     deadline = math.inf
     while len(codes) < len(workers) and time.monotonic() < deadline:
         time.sleep(0.05)
-        codes |= {k: code for k, worker in enumerate(workers) if k not in codes and (code := worker.poll()) is not None}
+        for rank in {*range(len(workers))} - codes.keys():
+            ended, status = os.waitpid(workers[rank], os.WNOHANG)
+            if ended:
+                codes[rank] = os.waitstatus_to_exitcode(status)
         failed = any(code not in (0, Stopped.exit_code) for code in codes.values())
         if failed:
             deadline = min(deadline, time.monotonic() + GRACE)
         if failed or stop_requested():
             stop.touch()  # no signal: whoever stops a group of processes has sent one already, and a second one kills
-    return codes
 
 
 @contextmanager

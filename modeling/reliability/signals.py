@@ -72,7 +72,7 @@ def stop_requests() -> Iterator[None]:
             raise Stopped("stopped")
 
     before = {number: signal.signal(number, handler) for number in SIGNALS}
-    if "DVC_STAGE" in os.environ and JOB not in os.environ:  # a launcher asks its workers to stop
+    if "DVC_STAGE" in os.environ:
         threading.Thread(target=_stop_without_dvc, daemon=True).start()
     try:
         yield

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+import torch._dynamo  # every optimizer of PyTorch imports it, which takes a second: here, once for all workers
 from torch import Tensor
 
 from modeling.settings import OptimizerConfig, own_keys

@@ -93,7 +93,7 @@ def environment(monkeypatch):
     """Sets the variables of the process, and nothing else of their kind."""
 
     def put(env):
-        names = {*job.VARIABLES, job.JOB, job.TORCHRUN, "DVC_STAGE"}
+        names = {*job.VARIABLES, job.TORCHRUN, "DVC_STAGE"}
         for name in (*os.environ, *names):
             if name in names or name.startswith(("SLURM_", "OMPI_", "PMI")):
                 monkeypatch.setenv(name, "")  # so that what the test sets is undone
@@ -110,10 +110,9 @@ def test_the_variables_of_the_process_are_settled(environment):
     environment(PYTORCH_JOB | {"LOCAL_RANK": " "})
     assert "hydra.run.dir=." in launcher.overrides() and "LOCAL_RANK" not in os.environ
     assert {name: os.environ[name] for name in PYTORCH_JOB} == PYTORCH_JOB
-    for whole in (job.JOB, job.TORCHRUN):
-        environment({whole: "x", "WORLD_SIZE": "1", "RANK": "0"})
-        job.settle()
-        assert os.environ["WORLD_SIZE"] == "1"
+    environment({job.TORCHRUN: "x", "WORLD_SIZE": "1", "RANK": "0"})
+    job.settle()
+    assert os.environ["WORLD_SIZE"] == "1"
 
 
 def test_a_process_that_is_refused_says_so_whatever_its_rank(environment, capsys):

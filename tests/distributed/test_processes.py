@@ -21,7 +21,7 @@ import torch
 from helpers.configs import group
 from helpers.once import once
 from helpers.pipeline import ROOT, TINY, environment
-from helpers.runs import curves, finish, saved_step
+from helpers.runs import curves, finish, launch, saved_step
 from helpers.training import MODEL, Recorder, make, weights
 from PIL import Image
 
@@ -46,7 +46,7 @@ COMMON = [
     "optimizer.warmup_steps=0",
     "optimizer.lr=1e-3",
 ]
-LONG = ["model.dropout=0.1", "stage=train", "trainer.steps=60", "trainer.checkpoint_every=5", "trainer.nproc=2"]
+LONG = ["model.dropout=0.1", "trainer.steps=60", "trainer.checkpoint_every=5", "trainer.nproc=2"]
 LONG += ["trainer.log_every=50", "trainer.sample_every=1000", "trainer.evaluate_every=1000"]
 
 
@@ -85,6 +85,11 @@ def main(root, *arguments, **more):
 def alone(root, *arguments, stage="all"):
     """As main, in one process that starts fast."""
     return finish(root, *arguments, stage=stage, recipe=COMMON, DVC_ROOT=str(root))
+
+
+def long(root, *changes):
+    """The long training by a launcher that starts fast, with its workers."""
+    return launch(root, *LONG, *changes, recipe=COMMON, DVC_ROOT=str(root))
 
 
 def numbers(value):
@@ -182,42 +187,38 @@ def wait_for_step(root, step, *processes):
         time.sleep(0.02)
 
 
-def workers(process):
-    """The ranks of a launcher or of torchrun, in order, once all are there."""
-    found = [p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()]
-    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
-
-
-def disturbed(root, process, victim, sent):
-    """Sends a signal to rank `victim`, or to the process itself if it is None, after the next checkpoint."""
-    wait_for_step(root, saved_step(root, "") + 1, process)
-    ranks = workers(process)
+def disturbed(root, victim, sent):
+    """The long training, whose worker `victim`, or whose launcher if it is None, gets a signal after a checkpoint."""
+    before, run = saved_step(root, ""), long(root)
+    assert run.wait_for(lambda: saved_step(root, "") > before), run.printed()
+    ranks = run.workers()
     assert all(os.getsid(rank.pid) == rank.pid for rank in ranks)  # a terminal's Ctrl-C reaches none of them itself
-    (ranks[victim] if victim is not None else process).send_signal(sent)
+    (ranks[victim] if victim is not None else run).send_signal(sent)
     since = time.monotonic()
-    result = ended(process, 30)
+    code = run.end(30)
     while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks):
         assert time.monotonic() - since < 15, "a process is left over"
         time.sleep(0.02)
     assert time.monotonic() - since < 15
-    return result
+    return code, run
 
 
 def test_stops_and_deaths_lose_nothing(root, tmp_path):
     """Signals to a rank and to the launcher; afterwards, the files of a run that nothing happened to."""
     calm = shutil.copytree(root, tmp_path / "calm")
-    main(calm, *LONG)
+    run = long(calm)
+    assert run.end() == 0, run.printed()
     for victim, sent, code, line in (
         (1, signal.SIGTERM, 75, r"stopped after step \d+, all work is saved; to go on: python .*trainer.nproc=2.*"),
         (0, signal.SIGKILL, 1, r"error: process 0 of 2 was killed \(SIGKILL\): the last checkpoint is kept; to go .*"),
         (None, signal.SIGINT, 75, r"stopped after step \d+, all work is saved; to go on: python .*trainer.nproc=2.*"),
         (None, signal.SIGKILL, -signal.SIGKILL, None),
     ):
-        found, stdout, stderr = disturbed(root, start(root, *LONG), victim, sent)
-        assert found == code, stdout + stderr
-        assert line is None or re.fullmatch(line, stderr.strip()), stderr  # one line
-    kept = saved_step(root, "")
-    assert f"going on after step {kept}" in main(root, *LONG) and 0 < kept < 60
+        found, run = disturbed(root, victim, sent)
+        assert found == code, run.printed()
+        assert line is None or re.fullmatch(line, run.last_line())
+    kept, run = saved_step(root, ""), long(root)
+    assert run.end() == 0 and f"going on after step {kept}" in run.printed() and 0 < kept < 60
     name = "models/model.safetensors"
     assert (root / "out" / name).read_bytes() == (calm / "out" / name).read_bytes()
     assert curves(root / "out") == curves(calm / "out")
@@ -225,15 +226,15 @@ def test_stops_and_deaths_lose_nothing(root, tmp_path):
 
 def test_the_second_signal_ends_all_processes_at_once(root):
     """One of them hangs, so the other waits for it, and the first signal cannot be heeded."""
-    process = start(root, *LONG)
-    wait_for_step(root, 10, process)
-    ranks = workers(process)
+    run = long(root)
+    assert run.wait_for(lambda: saved_step(root, "") >= 10)
+    ranks = run.workers()
     ranks[1].suspend()
-    process.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == -signal.SIGTERM
+    assert run.process.is_alive()
+    run.send_signal(signal.SIGTERM)
+    assert run.end(5) == -signal.SIGTERM
     assert psutil.wait_procs(ranks[:1], timeout=5)[0] == ranks[:1]
     ranks[1].resume()
     assert psutil.wait_procs(ranks[1:], timeout=5)[0] == ranks[1:]
@@ -242,20 +243,21 @@ def test_the_second_signal_ends_all_processes_at_once(root):
 def test_another_number_of_processes_goes_on(root, one, record_deviation):
     """From two that know each other as srun's, to one."""
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "here"}
-    train = (root, "stage=train", "model.dropout=0", "trainer.steps=2")
-    results = [ended(process) for process in [start(*train, SLURM_PROCID=str(k), **slurm) for k in range(2)]]
-    assert [code for code, _, _ in results] == [0, 0], results
-    assert "2 processes" in results[0][1] and not results[1][1]
+    train = {"recipe": [*COMMON, "model.dropout=0", "trainer.steps=2"], "DVC_ROOT": str(root), **slurm}
+    first, second = [launch(root / str(k), out=root / "out", SLURM_PROCID=str(k), **train) for k in range(2)]
+    assert first.end() == second.end() == 0, first.printed() + second.printed()
+    assert "2 processes" in first.printed() and not second.printed()
     assert "going on after step 2" in alone(root, "model.dropout=0")
     check_equal(one, root, "2 processes, then 1", record_deviation)
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(root):
     """Each of two agents counts its own restarts; a process of the second one dies."""
-    arguments = [a for a in LONG if "nproc" not in a] + ["trainer.resume=never"]
+    arguments = ["stage=train", *(a for a in LONG if "nproc" not in a), "trainer.resume=never"]
     agents = two_nodes(root, *arguments, torchrun=["--max-restarts=2"])
     wait_for_step(root, 20, *agents)
-    workers(agents[-1])[-1].kill()
+    (worker,) = (p for p in psutil.Process(agents[-1].pid).children() if "RANK" in p.environ())
+    worker.kill()
     results = [ended(agent) for agent in agents]
     assert all(code == 0 for code, _, _ in results), results
     stdout, stderr = ("".join(result[k] for result in results) for k in (1, 2))
@@ -281,11 +283,10 @@ def test_bad_numbers_are_one_line(tmp_path, arguments):
 def test_errors_of_one_rank_and_of_all_are_one_line(root):
     """A checkpoint that only the first process reads, and a loss that all of them see."""
     (root / "bad.pt").write_bytes(b"no checkpoint")
-    code, stdout, stderr = ended(start(root, *LONG, "trainer.resume=bad.pt"))
-    assert code == 2 and len(stderr.strip().splitlines()) == 1 and "error: trainer.resume=" in stderr, stdout + stderr
-    diverges = ["optimizer.lr=1e30", "optimizer.grad_clip=null", "trainer.steps=20"]
-    code, stdout, stderr = ended(start(root, *LONG, *diverges))
-    assert code == 1 and len(stderr.strip().splitlines()) == 1 and "is not finite" in stderr, stdout + stderr
+    run = long(root, "trainer.resume=bad.pt")
+    assert run.end() == 2 and run.last_line().startswith("error: trainer.resume=")
+    run = long(root, "optimizer.lr=1e30", "optimizer.grad_clip=null", "trainer.steps=20")
+    assert run.end() == 1 and "is not finite" in run.last_line()
     (bad,) = root.glob("runs/*/bad-step-*.pt")
     assert len(torch.load(bad)["x_0"]) == 8  # the whole batch, not a share
 
@@ -396,18 +397,23 @@ def test_one_process_alone_uses_mps(monkeypatch):
         pass
 
 
-def launched(code, *arguments, count=2):
-    """The exit code of workers that run some code instead of main.py."""
-    start = f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); rank = int(os.environ['RANK']); "
-    return launcher.launch(count, "", ["-c", start + code, *arguments], "auto")
+def launched(work, count=2):
+    """The exit code of workers that call work(rank), which gives theirs, instead of going on in main.py."""
+    code = launcher.launch(count, ["main.py"], "auto")
+    if code is None:
+        os._exit(work(int(os.environ["RANK"])))
+    return code
 
 
 def test_one_line_and_the_exit_code_are_the_culprits(capsys):
     def outcome(*codes, lines=True):
-        leave = (
-            "from modeling.distributed.launcher import print_last; print_last(f'line {rank}', code); " if lines else ""
-        )
-        code = launched(f"code = {codes}[rank]; time.sleep(0.2 * rank); {leave}sys.exit(code)", count=len(codes))
+        def end(rank):
+            time.sleep(0.2 * rank)
+            if lines:
+                launcher.print_last(f"line {rank}", codes[rank])
+            return codes[rank]
+
+        code = launched(end, count=len(codes))
         return code, capsys.readouterr().err
 
     assert outcome(0, 0, lines=False) == (0, "")
@@ -422,10 +428,17 @@ def test_one_line_and_the_exit_code_are_the_culprits(capsys):
 
 def test_a_worker_that_hangs_after_a_failure_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "GRACE", 0.5)
-    hangs = "if rank == 0: open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
-    code = f"\n{hangs}\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)\nsys.exit(3)"
+
+    def hang_or_fail(rank):
+        if rank == 0:
+            (tmp_path / "pid").write_text(str(os.getpid()))
+            time.sleep(60)
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        return 3
+
     since = time.monotonic()
-    assert launched(code, str(tmp_path / "pid")) == 3 and time.monotonic() - since < 30
+    assert launched(hang_or_fail) == 3 and time.monotonic() - since < 30
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
@@ -433,10 +446,36 @@ def test_a_stop_waits_for_the_slowest_worker(tmp_path, monkeypatch):
     """However long its step takes."""
     monkeypatch.setattr(launcher, "GRACE", 0.1)
     monkeypatch.setattr(signals, "_requested", True)
-    wait = "from modeling.reliability.signals import stop_requested\nwhile not stop_requested(): time.sleep(0.01)\n"
-    code = f"\n{wait}time.sleep(rank)\nopen(os.path.join(sys.argv[1], str(rank)), 'w')\nsys.exit(75)"
-    assert launched(code, str(tmp_path)) == 75
+
+    def finish_the_step(rank):
+        while not signals.stop_requested():
+            time.sleep(0.01)
+        time.sleep(rank)
+        (tmp_path / str(rank)).touch()
+        return 75
+
+    assert launched(finish_the_step) == 75
     assert sorted(os.listdir(tmp_path)) == ["0", "1"]
+
+
+def test_workers_share_the_cores_unless_told_otherwise(tmp_path, monkeypatch):
+    def note(rank):
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+        found = {name: os.environ[name] for name in names} | {"threads": torch.get_num_threads(), "pid": os.getsid(0)}
+        (tmp_path / str(rank)).write_text(json.dumps(found))
+        return 0
+
+    for given, threads in (("3", torch.get_num_threads()), (None, 2)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5), raising=False)
+        assert launched(note) == 0
+        for rank in range(2):
+            found = json.loads((tmp_path / str(rank)).read_text())
+            assert found["RANK"] == found["LOCAL_RANK"] == str(rank) and found["pid"] != os.getsid(0)
+            assert found["WORLD_SIZE"] == found["LOCAL_WORLD_SIZE"] == "2"
+            assert (found["OMP_NUM_THREADS"], found["threads"]) == (given or "2", threads)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 
+import psutil
 import torch
 
 from helpers.pipeline import ROOT
@@ -91,7 +92,7 @@ class Launched:
     def stack(self):
         """The names of the functions on its stack now."""
         before = self.stacks.stat().st_size
-        self.send(signal.SIGUSR1)
+        self.send_signal(signal.SIGUSR1)
         self.wait_for(lambda: self.stacks.stat().st_size > before)
         return self.stacks.read_text()[before:].split()
 
@@ -99,7 +100,11 @@ class Launched:
         """Waits until a function is on the stack; whether that came before the end."""
         return self.wait_for(lambda: function in self.stack())
 
-    def send(self, number):
+    def workers(self):
+        """If it is a launcher: its workers by rank, which it has forked in this order."""
+        return sorted(psutil.Process(self.process.pid).children(), key=lambda worker: worker.pid)
+
+    def send_signal(self, number):
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 

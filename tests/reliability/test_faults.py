@@ -100,7 +100,7 @@ def test_a_signal_stops_the_demo_within_five_seconds_anywhere(demo, place, stage
     run = launch(demo, *often, stage=stage, recipe=DEMO, out=out)
     assert run.wait_until_in(place), run.printed()
     begin = time.monotonic()
-    run.send(signal.SIGINT if stage == "evaluate" else signal.SIGTERM)
+    run.send_signal(signal.SIGINT if stage == "evaluate" else signal.SIGTERM)
     assert run.end() == 75, run.printed()
     assert time.monotonic() - begin < 5
     assert message in run.last_line()
@@ -112,7 +112,7 @@ def test_a_stop_while_sampling_or_evaluating_loses_nothing(base, folder):
     for place in ("draw_samples", "held_out_losses"):
         run = launch(folder)
         assert run.wait_until_in(place)
-        run.send(signal.SIGTERM)
+        run.send_signal(signal.SIGTERM)
         assert run.end() == 75, run.printed()
     assert "going on after step" in finish(folder)
     assert hashes(folder / "out") == hashes(base / "out")
@@ -122,9 +122,9 @@ def test_the_second_signal_ends_at_once(folder):
     """One step on a hundred thousand images takes long, and the first signal waits for its end."""
     run = launch(folder, "trainer.batch_size=100000")
     assert run.wait_until_in("train_step")
-    run.send(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
     assert run.wait_for(lambda: not caught(run, signal.SIGTERM)), "the first signal waited for the end of the step"
-    run.send(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
     assert run.end(1) == -signal.SIGTERM
 
 
@@ -173,10 +173,10 @@ def test_a_full_disk_is_one_line_and_a_rerun_resumes(base, folder, disk, often, 
     kept.append(f"trainer.steps={steps}")
     run = launch(folder, *kept, DVC_ROOT=str(disk))
     assert run.wait_until_in("train_step"), run.printed()
-    run.send(signal.SIGSTOP)
+    run.send_signal(signal.SIGSTOP)
     fill(disk)
     saved = {path: read_checkpoint(path)["step"] for path in disk.glob("runs/*/step-*.pt")}
-    run.send(signal.SIGCONT)
+    run.send_signal(signal.SIGCONT)
     assert run.end() == 1, run.printed()
     line = run.last_line()
     assert line.startswith("error: ") and "cannot be written" in line and "o space left" in line and name in line
@@ -283,10 +283,10 @@ def test_another_configuration_never_resumes_a_checkpoint_and_other_code_is_ment
 def test_the_second_of_two_equal_runs_refuses(base, folder):
     first = launch(folder)
     assert first.wait_until_in("train_step")
-    first.send(signal.SIGSTOP)
+    first.send_signal(signal.SIGSTOP)
     line = finish(folder, code=1)
     assert f"process {first.process.pid} on" in line and "is working in" in line
-    first.send(signal.SIGCONT)
+    first.send_signal(signal.SIGCONT)
     assert first.end() == 0 and hashes(folder / "out") == hashes(base / "out")
 
 

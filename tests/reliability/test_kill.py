@@ -40,7 +40,7 @@ def test_killed_at_any_moment_the_result_is_the_same(tmp_path):
         else:
             assert run.wait_until_in(aim), run.printed()
             places.append([aim])
-        run.send(signal.SIGKILL)
+        run.send_signal(signal.SIGKILL)
         assert run.end() == -signal.SIGKILL, run.printed()
         reached.append(saved_step(killed))
     finish(killed, *OFTEN, WANDB_MODE="offline")
