@@ -36,7 +36,16 @@ def test_the_package_imports_its_python_interface_on_first_use():
 
 
 def test_stages_import_plots_wandb_and_the_compiler_when_they_need_them():
-    code = "import sys, modeling.stages.train; print({'matplotlib', 'wandb'} & {*sys.modules} != set())"
-    code += "; import modeling.stages.evaluate; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    code = "import sys, modeling.stages.evaluate; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    code += "; import modeling.stages.train; print({'matplotlib', 'wandb'} & {*sys.modules} != set())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True", "False"]
+    assert done.stdout.split() == ["True", "False", "False"]
+
+
+def test_imports_ask_no_device():
+    """Else CUDA would not work in the processes that the launcher forks."""
+    code = "import torch; asked = []; torch._C._cuda_getDeviceCount = lambda: asked.append(1) or 0"
+    code += "; import modeling.stages.train, modeling.stages.sample, modeling.stages.evaluate; print(asked)"
+    code += "; torch.cuda.is_available(); print(len(asked))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() in (["[]", "1"], ["[]", "0"])  # 0: a PyTorch without CUDA
