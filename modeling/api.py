@@ -35,7 +35,7 @@ from modeling.stages.sample import as_recipe, check_sampling, draw_configured
 def load_model(
     path: str | Path = "models/model.safetensors", device: str = "auto", precision: str = "auto"
 ) -> "TrainedModel":
-    """The model of a file that training has written, or of a folder in diffusers' format.
+    """The model of a file that training has written, of a folder in runs/ (its newest checkpoint), or of diffusers.
 
     Args:
         device: auto (CUDA, or else the CPU), cpu, cuda or mps.

@@ -1,4 +1,7 @@
-"""Model files: published weights as safetensors; metadata carry configuration and checksum, nothing is unpickled."""
+"""Models: published weights as safetensors, whose metadata carry configuration and checksum, or those of a checkpoint.
+
+Nothing is unpickled.
+"""
 
 import hashlib
 import json
@@ -12,6 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from modeling.build import build_model, build_network
+from modeling.checkpoints.checkpoint import Damaged, checkpoints, read_checkpoint
 from modeling.diffusion.model import DiffusionModel
 from modeling.interop.diffusers import load_diffusers
 from modeling.reliability.errors import ConfigError, UserError, out_of_memory, short
@@ -57,13 +61,30 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"model {path} carries no configuration: it was not written by this project") from None
 
 
-def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
-    """A model from its file or a folder of diffusers, in eval mode on the CPU, and its metadata (stages/train.py).
+def _load_average(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The averaged weights in a checkpoint, as a training that ended there would publish them; else UserError."""
+    try:
+        state = read_checkpoint(path)
+    except Damaged as error:
+        raise UserError(f"checkpoint {path} is damaged: {error}") from None
+    return state["ema"]["model"], dict(state["about"]) | {"steps": state["step"]}
 
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if path.is_dir():
+        found = checkpoints(path)
+        return _load_average(found[-1]) if found else load_diffusers(path)
+    return _load_average(path) if path.suffix == ".pt" and path.exists() else load_model(path)
+
+
+def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
+    """A model in eval mode on the CPU, and its metadata (stages/train.py).
+
+    `path` is a model file, a checkpoint, the folder of a run (its newest checkpoint counts), or a folder of diffusers.
     Here the image shape is (C, H, W) as everywhere in Python; in the file it is (H, W, C).
     """
     try:
-        tensors, meta = load_diffusers(path) if path.is_dir() else load_model(path)
+        tensors, meta = _load(path)
         meta["sha256"] = weights_hash(tensors)
         if not isinstance(meta["steps"], int):
             raise ValueError(f"it names the steps {meta['steps']!r}")

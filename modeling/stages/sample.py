@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def load_for(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, Any], DataConfig]:
     """The model to sample, evaluate or export, its metadata, and the data set that belongs to it.
 
-    The file is model.weights (or a folder of diffusers), else models/model.safetensors under `out` or else under the
+    It is that of model.weights (see load_trained), else models/model.safetensors under `out` or else under the
     repository. What the user did not name (model, diffusion, data) is taken from the file; what the user did must fit.
     """
     path = out / "models" / "model.safetensors"

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.configs import group
-from helpers.training import DIFFUSION, MODEL
+from helpers.training import DIFFUSION, MODEL, make
 from safetensors.torch import save_file
 
 from modeling.build import build_model
 from modeling.checkpoints.model_file import load_model, load_trained, requested_variance, save_model
 from modeling.reliability.errors import ConfigError, UserError
+from modeling.training.state import CheckpointFolder
 
 CONFIG = {"model": dataclasses.asdict(MODEL), "diffusion": dataclasses.asdict(DIFFUSION)}
 ABOUT = {"config": CONFIG, "image_shape": [8, 8, 3], "classes": [], "steps": 2}
@@ -53,6 +54,28 @@ def test_the_file_is_the_model(tmp_path, model):
     loaded, meta = load_trained(tmp_path / "m")
     assert meta == ABOUT | {"sha256": meta["sha256"], "image_shape": [3, 8, 8]} and not loaded.training
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_checkpoint_is_the_model_that_its_training_would_publish(tmp_path):
+    trainer = make(tmp_path, steps=9)  # with a checkpoint every 4
+    trainer.folder = CheckpointFolder(tmp_path, ABOUT | {"wandb_id": "w"})
+    trainer.run()
+    loaded, meta = load_trained(tmp_path)  # the newest
+    assert meta["steps"] == 9 and meta["config"] == CONFIG and not loaded.training
+    average = trainer.ema.model.state_dict()
+    save_model(tmp_path / "m", average, ABOUT)
+    assert meta["sha256"] == load_trained(tmp_path / "m")[1]["sha256"]
+    assert all(torch.equal(tensor, average[name]) for name, tensor in loaded.state_dict().items())
+    before = tmp_path / "step-000000008.pt"
+    loaded, meta = load_trained(before)
+    assert meta["steps"] == 8 and not torch.equal(
+        loaded.state_dict()["network.conv_in.weight"], average["network.conv_in.weight"]
+    )
+    before.write_bytes(before.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"checkpoint .*8\.pt is damaged"):
+        load_trained(before)
+    with pytest.raises(UserError, match="no model in"):
+        load_trained(tmp_path / "step-000000007.pt")
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,16 @@ def test_docstring_example_and_page_of_python_run(trained, tmp_path, monkeypatch
     assert len(blocks) > 1 and Path("samples.png").exists()
 
 
+def test_a_training_that_was_not_published_is_sampled_from(plain, tmp_path):
+    run = next((plain / "state/runs").glob("*/step-*.pt")).parent
+    printed = finish(tmp_path, f"model.weights={run}", stage="sample", recipe=[])
+    assert "sampler of the model's recipe" in printed
+    names = [f"samples/{k:05}.png" for k in range(4)]
+    assert [(tmp_path / "out" / name).read_bytes() for name in names] == [
+        (plain / "out" / name).read_bytes() for name in names
+    ]
+
+
 def test_plain_stages_find_model_and_data_by_themselves(trained, tmp_path):
     state = tmp_path / "state"
     weights = trained / "models/model.safetensors"
