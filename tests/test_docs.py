@@ -1,8 +1,9 @@
 """README.md and docs/: every test, file, link, command, key and choice that a page names exists.
 
 Every command is parsed by its own program, and its overrides composed and validated, also of what needs a GPU, a
-network or hours. They are listed by `pytest tests/test_docs.py -rP`. test_pipeline.py runs a whole pipeline, its stages
-and the Python blocks; test_extending.py the commands of extending.md, which need its patches.
+network or hours. They are listed by `pytest tests/test_docs.py -rP`. Those of main.py run, with the tiny recipe.
+test_pipeline.py runs the pipeline under DVC, and the Python blocks; test_extending.py the commands of extending.md,
+which need its patches; test_benchmarks.py the benchmarks, and tests/commands the tables.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import ast
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
@@ -17,7 +19,9 @@ from importlib.util import find_spec
 import pytest
 from dvc.cli.parser import get_main_parser
 from helpers.configs import load
-from helpers.pipeline import ROOT
+from helpers.pipeline import ROOT, TINY
+from helpers.processes import Launched
+from helpers.runs import plain_run
 
 from modeling.api import TrainedModel
 from modeling.settings import GROUPS, STAGES
@@ -133,6 +137,33 @@ def test_commands_of_main_compose_and_are_valid():
     for words in found:
         check_overrides(words)
     assert len(found) > 15
+
+
+SHORT = ("experiment=tiny", "experiment=demo")  # the recipes that need no network and no hours
+
+
+@pytest.fixture
+def repository(tmp_path_factory, tmp_path):
+    """A folder as the repository's root is after a run of the tiny recipe."""
+    done = plain_run(tmp_path_factory)
+    shutil.copytree(done / "out", tmp_path / "root")
+    shutil.copytree(done / "state/runs", tmp_path / "root/runs")
+    (run,) = {path.parent for path in (tmp_path / "root/runs").glob("*/step-*.pt")}
+    run.rename(run.with_name("x"))  # as the placeholders are read
+    return tmp_path / "root"
+
+
+def test_commands_of_main_run(repository):
+    """With the tiny recipe, all but those whose recipe needs a network or hours."""
+    ran = 0
+    for words in commands("main.py"):
+        recipes = [word for word in words if word.startswith("experiment=")]
+        if all(recipe in SHORT for recipe in recipes) and words != ["stage=sample", "model.weights=x"]:
+            rest = [word for word in words if word not in recipes]
+            run = Launched(repository, [*TINY, *rest], repository, {"DVC_ROOT": str(repository)})
+            assert run.end() == 0, f"{words}: {run.printed()}"
+            ran += 1
+    assert ran > 12
 
 
 def test_commands_of_dvc_parse_and_compose():

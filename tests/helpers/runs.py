@@ -5,7 +5,8 @@ import hashlib
 
 from safetensors.torch import load_file
 
-from helpers.pipeline import TINY
+from helpers.once import once
+from helpers.pipeline import TINY, main
 from helpers.processes import Launched
 from modeling.checkpoints.checkpoint import step_of
 
@@ -43,6 +44,17 @@ def finish(folder, *changes, code=0, **options):
     run = launch(folder, *changes, **options)
     assert run.end() == code, run.printed()
     return run.printed() if code == 0 else run.last_line()
+
+
+def plain_run(tmp_path_factory):
+    """A folder with all of one small plain run of all stages: its state, its outputs in out/, what it printed."""
+
+    def make(folder):
+        done = main(folder / "state", folder, *TINY, f"out_dir={folder / 'out'}")
+        assert done.returncode == 0, done.stderr
+        (folder / "printed").write_text(done.stdout)
+
+    return once(tmp_path_factory, "plain", make)
 
 
 def run_folder(folder, root="root"):

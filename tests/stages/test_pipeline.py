@@ -15,10 +15,9 @@ import pytest
 import torch
 import yaml
 from helpers.configs import group
-from helpers.once import once
-from helpers.pipeline import ROOT, TINY, copy_repository, environment, main, spelled_out
+from helpers.pipeline import ROOT, TINY, copy_repository, environment, spelled_out
 from helpers.processes import Launched
-from helpers.runs import curves, finish, hashes
+from helpers.runs import curves, finish, hashes, plain_run
 from PIL import Image
 
 import modeling.api
@@ -32,14 +31,7 @@ from modeling.stages import train
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A folder with all of one small plain run of all stages: its state, its outputs in out/, what it printed."""
-
-    def make(folder):
-        done = main(folder / "state", folder, *TINY, f"out_dir={folder / 'out'}")
-        assert done.returncode == 0, done.stderr
-        (folder / "printed").write_text(done.stdout)
-
-    return once(tmp_path_factory, "plain", make)
+    return plain_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
