@@ -1,7 +1,6 @@
 """The process group: how the processes of a job find each other, and all collectives of the project.
 
-Every function also works in a single process. All processes must call it, in the same order. Random numbers are never
-exchanged: each process knows those of the whole batch, or of sample k, and takes its share. CPU tensors use gloo, CUDA
+Every function also works in a single process. All processes must call it, in the same order. CPU tensors use gloo, CUDA
 tensors use NCCL, so a flag never waits for the device.
 """
 
@@ -20,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from modeling.reliability.errors import ConnectionLost, Stopped, UserError, require, short
-from modeling.reliability.signals import JOB, stop_workers
-from modeling.reliability.terminal import progress
+from modeling.reliability.errors import ConnectionLost, UserError, require, short
+from modeling.reliability.signals import JOB
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)  # for what one process does alone, such as a download; a dead process is noticed at once
@@ -41,11 +39,6 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this process is the one that writes files, reports and W&B."""
     return rank() == 0
-
-
-def share(n: int) -> range:
-    """The indices of n items that this process works on: contiguous, and any two shares differ by at most one item."""
-    return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 @contextmanager
@@ -166,54 +159,11 @@ def from_first(make: Callable[[], T]) -> T:
     """Calls `make` in the first process only and returns its result, plain types and CPU tensors, in all of them."""
     if world_size() == 1:
         return make()
-    value: T = _broadcast(make() if is_first() else None, 0)
+    value: T = broadcast(make() if is_first() else None, 0)
     return value
 
 
-def sharded(n: int, work: Callable[[range], Tensor]) -> Tensor:
-    """The rows 0 to n - 1 of a table on the CPU, in all processes; each of them makes its share.
-
-    `work` makes the given rows, perhaps none, and calls no collective. Stopped in one process is raised in all.
-    """
-    if world_size() == 1:
-        return work(range(n))
-    part = None
-    try:
-        part = work(share(n))
-    except Stopped:
-        stop_workers()  # the others need not finish their shares
-    if any_process(part is None):
-        raise Stopped("stopped")
-    return torch.cat([_broadcast(part, k) for k in range(world_size())])
-
-
-def sharded_batches(
-    what: str, n: int, batch_size: int, work: Callable[[range, Callable[[float], None]], Tensor], empty: Tensor
-) -> Tensor:
-    """As sharded, with `work` called for at most `batch_size` rows at a time; `empty` is the table without rows.
-
-    Shows the progress of `what`. `work` may tell which part of its rows is done, from 0 to 1.
-    """
-
-    def all_batches(rows: range) -> Tensor:
-        parts = [empty]
-        with progress(what, n) as shown:
-            begun, scale = shown.done, n / max(len(rows), 1)  # all processes are about as fast
-
-            for k in range(0, len(rows), batch_size):
-                batch = rows[k : k + batch_size]
-
-                def tell(part: float, before: int = k, size: int = len(batch)) -> None:
-                    shown.to(begun + scale * (before + min(part, 1.0) * size))
-
-                parts.append(work(batch, tell))
-                tell(1.0)
-        return torch.cat(parts)
-
-    return sharded(n, all_batches)
-
-
-def _broadcast(value: Any, source: int) -> Any:
+def broadcast(value: Any, source: int) -> Any:
     """The value of rank `source`, in all processes; like a checkpoint it is never unpickled."""
     buffer = io.BytesIO()
     torch.save(value if rank() == source else None, buffer)

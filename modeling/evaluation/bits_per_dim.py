@@ -16,7 +16,7 @@ from torch import Tensor
 from modeling.data.prepared import LabelledImages
 from modeling.diffusion.bound import prior_term
 from modeling.diffusion.model import DiffusionModel
-from modeling.distributed.collectives import sharded_batches
+from modeling.distributed.shares import sharded_batches
 from modeling.inference.device import Compute
 from modeling.inference.held_out import SEED, held_out_losses, model_inputs
 from modeling.inference.samples import SampleNoise

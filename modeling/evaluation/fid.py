@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modeling.distributed.collectives import from_first, is_first, sharded
+from modeling.distributed.collectives import from_first, is_first
+from modeling.distributed.shares import sharded
 from modeling.inference.kept import keep, read_kept
 from modeling.reliability.errors import UserError, short
 from modeling.reliability.files import existing

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modeling.data.prepared import LabelledImages
 from modeling.diffusion.model import DiffusionModel
-from modeling.distributed.collectives import sharded_batches
+from modeling.distributed.shares import sharded_batches
 from modeling.inference.device import Compute
 from modeling.inference.images import to_model
 from modeling.inference.samples import SampleNoise

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modeling.diffusion.model import DiffusionModel, Prediction
 from modeling.diffusion.samplers import SAMPLERS, timestep_subsequence
-from modeling.distributed.collectives import sharded_batches
+from modeling.distributed.shares import sharded_batches
 from modeling.inference.device import Compute
 from modeling.inference.images import to_uint8
 from modeling.reliability.signals import poll

@@ -26,9 +26,9 @@ from modeling.distributed.collectives import (
     check_same,
     from_first,
     is_first,
-    share,
     sum_over_processes,
 )
+from modeling.distributed.shares import share
 from modeling.inference.device import Compute
 from modeling.inference.held_out import held_out_losses
 from modeling.inference.samples import draw_samples

@@ -1,4 +1,4 @@
-"""Run by test_processes.py in two processes: the functions of collectives.py, and what goes wrong there."""
+"""Run by test_processes.py in two processes: collectives.py, shares.py, and what goes wrong there."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ from torch import nn
 
 from modeling.checkpoints.checkpoint import read_checkpoint
 from modeling.distributed import collectives as d
+from modeling.distributed import shares
 from modeling.evaluation.fid import Inception, reference_features
 from modeling.inference.kept import kept_samples
 from modeling.reliability.errors import ConnectionLost, Stopped, UserError
@@ -23,7 +24,7 @@ from modeling.training.state import CheckpointFolder, TrainingState
 def exchange(folder):
     mine = d.rank()
     assert d.world_size() == 2 and d.is_first() == (mine == 0)
-    assert [list(d.share(n)) for n in (5, 1)] == ([[0, 1], []], [[2, 3, 4], [0]])[mine]
+    assert [list(shares.share(n)) for n in (5, 1)] == ([[0, 1], []], [[2, 3, 4], [0]])[mine]
     assert d.any_process(mine == 1) and not d.any_process(False)
     assert d.any_process_each(False, mine == 1) == [False, True]
     summed = [torch.full((2, 3), 1.0 + mine), torch.tensor(10.0 * mine)]
@@ -32,7 +33,7 @@ def exchange(folder):
     sent = d.from_first(lambda: {"rank": mine, "t": torch.arange(3), "none": None})
     assert sent["rank"] == 0 and torch.equal(sent["t"], torch.arange(3)) and sent["none"] is None
     for n in (7, 2, 1):  # of a single row, one process makes none
-        table = d.sharded(n, lambda rows: torch.arange(rows.start, rows.stop)[:, None] ** 2)
+        table = shares.sharded(n, lambda rows: torch.arange(rows.start, rows.stop)[:, None] ** 2)
         assert table.flatten().tolist() == [k**2 for k in range(n)]
     d.check_same([torch.ones(3), torch.zeros(2)], "ones")
     with pytest.raises(UserError, match=r"^these differ between the processes"):
@@ -79,7 +80,7 @@ def stop_elsewhere(folder):
         raise AssertionError("nobody stopped this")
 
     with stop_requests(), pytest.raises(Stopped):
-        d.sharded(4, work)
+        shares.sharded(4, work)
 
 
 def save(folder):

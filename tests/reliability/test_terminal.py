@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.pipeline import ROOT, TINY, environment
 
-from modeling.distributed.collectives import sharded_batches
+from modeling.distributed.shares import sharded_batches
 from modeling.reliability import terminal
 from modeling.reliability.terminal import Bar, counted, counts, duration, progress, shorten_log
 
