@@ -1,5 +1,6 @@
 """Runs the stage that the configuration names: python main.py stage=train model=small trainer.steps=1000."""
 
+import argparse
 import importlib
 import logging
 import os
@@ -27,6 +28,8 @@ from modeling.reliability.terminal import keep_streams, shorten_log
 
 ORDER = ("validate", "prepare", "train", "sample", "evaluate", "report")
 TYPED = tuple(sys.argv)
+# Python 3.14 checks help texts that Hydra 1.3 makes only when it prints them (facebookresearch/hydra#3121).
+setattr(argparse.ArgumentParser, "_check_help", lambda parser, action: None)  # noqa: B010  # no name that mypy knows
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
