@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from modeling.config import load_config, no_such_key
 from modeling.distributed import launcher
 from modeling.reliability.errors import ConfigError, Stopped, UserError, explain
-from modeling.reliability.signals import resume_command, stop_requests
+from modeling.reliability.signals import poll, resume_command, stop_requests
 from modeling.reliability.terminal import keep_streams, shorten_log
 
 ORDER = ("validate", "prepare", "train", "sample", "evaluate", "report")
@@ -50,8 +50,10 @@ def run(cfg: DictConfig) -> None:
         count = launcher.workers_to_start(config, settings.mode == RunMode.MULTIRUN)
         stages = ORDER if config.stage == "all" else (config.stage,)
         if count:
+            launcher.share_cores(count)
             for stage in stages:
                 _module(stage)  # once for all workers
+            poll()
             code = launcher.launch(count, TYPED, resume)
             if code is not None:
                 raise SystemExit(code)

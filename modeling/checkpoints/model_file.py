@@ -70,10 +70,15 @@ def _load_average(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state["ema"]["model"], dict(state["about"]) | {"steps": state["step"]}
 
 
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run's folder; any other path itself."""
+    return max(checkpoints(path), default=path)
+
+
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = newest(path)
     if path.is_dir():
-        found = checkpoints(path)
-        return _load_average(found[-1]) if found else load_diffusers(path)
+        return load_diffusers(path)
     return _load_average(path) if path.suffix == ".pt" and path.exists() else load_model(path)
 
 

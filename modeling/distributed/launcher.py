@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modeling.distributed.job import settle
-from modeling.reliability.errors import ConnectionLost, Stopped, require
+from modeling.reliability.errors import ConnectionLost, Stopped, UserError, require
 from modeling.reliability.signals import JOB, STOP_FILE, resume_command, stop_requested
 from modeling.settings import Config
 
@@ -56,6 +56,16 @@ def workers_to_start(config: Config, multirun: bool) -> int:
     return nproc if nproc > started and config.stage in ("all", *SHARED) else 0
 
 
+def share_cores(count: int) -> None:
+    """Gives each of `count` workers its part of the cores, unless the user has said how many threads there are.
+
+    Before PyTorch is imported, which reads the variable then, and under OMP_PROC_BIND ties this process to one core.
+    """
+    # This job may use fewer than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+
+
 def launch(count: int, command: Sequence[str], resume: str) -> int | None:
     """Forks `count` workers and returns None in each of them.
 
@@ -64,21 +74,15 @@ def launch(count: int, command: Sequence[str], resume: str) -> int | None:
     """
     import tempfile  # here, since every other command starts faster without it
 
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored, no exit code would be left
     folder = tempfile.mkdtemp(prefix="ddpm-")
-    # Nothing is written to it: its end tells a worker that the launcher has ended.
-    ends, open_while_launcher_lives = os.pipe()
-    sys.stdout.flush()  # or each worker would print it again
     workers: list[int] = []
-    for rank in range(count):
-        pid = os.fork()
-        if pid == 0:
-            os.close(open_while_launcher_lives)
-            _become_worker(rank, count, folder, ends)
-            return None
-        workers.append(pid)
-    os.close(ends)
     codes: dict[int, int] = {}
+    forked = False
     try:
+        forked = _fork(count, folder, workers)
+        if forked:
+            return None
         _wait(workers, codes, Path(folder, STOP_FILE))
         first = min(codes, key=lambda k: HARMLESS.get(codes[k], 0))  # of several alike, the first that ended
         code, line = codes[first], Path(folder, f"last-line-{first}")
@@ -89,27 +93,35 @@ def launch(count: int, command: Sequence[str], resume: str) -> int | None:
             advice = f"the last checkpoint is kept; to go on: {resume_command(command, resume)}"
             print(f"error: process {first} of {count} {end}: {advice}", file=sys.stderr)
     finally:
-        for rank in {*range(count)} - codes.keys():
-            os.kill(workers[rank], signal.SIGKILL)
-            os.waitpid(workers[rank], 0)
-        os.close(open_while_launcher_lives)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not forked:
+            for rank, worker in enumerate(workers):
+                if rank not in codes:
+                    os.kill(worker, signal.SIGKILL)
+                    os.waitpid(worker, 0)
+            shutil.rmtree(folder, ignore_errors=True)
     return 1 if code < 0 or code == ConnectionLost.exit_code else code
 
 
-def _become_worker(rank: int, count: int, folder: str, ends: int) -> None:
-    """Makes this process, just forked, the worker `rank` of `count`."""
-    import torch
-
-    os.setsid()
-    os.dup2(ends, 0)
-    if "OMP_NUM_THREADS" not in os.environ:
-        # This job may use fewer cores than the machine has.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // count))
-        torch.set_num_threads(max(1, cores // count))  # PyTorch has read the variable already
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), JOB: folder}
-    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+def _fork(count: int, folder: str, workers: list[int]) -> bool:
+    """Forks `count` workers and notes their process ids; whether this process is one of them."""
+    # Nothing is written to it: its end tells a worker that the launcher has ended.
+    ends, open_while_launcher_lives = os.pipe()
+    sys.stdout.flush()  # or each worker would print it again
+    for rank in range(count):
+        try:
+            pid = os.fork()
+        except OSError as error:
+            raise UserError(f"process {rank} of {count} cannot be started: {error.strerror}") from None
+        if pid == 0:
+            os.close(open_while_launcher_lives)
+            os.setsid()
+            os.dup2(ends, 0)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), JOB: folder}
+            os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            return True
+        workers.append(pid)
+    os.close(ends)
+    return False
 
 
 def _wait(workers: Sequence[int], codes: dict[int, int], stop: Path) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from modeling.build import check_sampler
 from modeling.checkpoints.fingerprint import code_hash, fingerprint
-from modeling.checkpoints.model_file import load_trained, requested_variance
+from modeling.checkpoints.model_file import load_trained, newest, requested_variance
 from modeling.diffusion.model import DiffusionModel
-from modeling.distributed.collectives import is_first, world_size
+from modeling.distributed.collectives import from_first, is_first, world_size
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import png_bytes
 from modeling.inference.kept import kept_samples
@@ -39,7 +39,8 @@ def load_for(config: Config, out: Path) -> tuple[DiffusionModel, dict[str, Any],
     """
     path = out / "models" / "model.safetensors"
     if config.model.weights is not None:
-        path = existing("model.weights", config.model.weights)
+        given = existing("model.weights", config.model.weights)
+        path = Path(from_first(lambda: str(newest(given))))  # a training may save another one while others read
     elif config.out_dir is None and not path.exists():
         path = state_root() / "models" / "model.safetensors"
     model, meta = load_trained(path)

@@ -1,6 +1,7 @@
 """Several processes: real ones, started by the launcher and by torchrun, against one process."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ from PIL import Image
 import main as command_line
 from modeling.distributed import collectives, launcher
 from modeling.reliability import signals
-from modeling.reliability.errors import ConfigError
+from modeling.reliability.errors import ConfigError, UserError
 
 COMMON = [
     *TINY,
@@ -458,24 +460,48 @@ def test_a_stop_waits_for_the_slowest_worker(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["0", "1"]
 
 
-def test_workers_share_the_cores_unless_told_otherwise(tmp_path, monkeypatch):
+def test_workers_are_a_job_of_their_own_and_share_the_cores(tmp_path, monkeypatch):
     def note(rank):
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
-        found = {name: os.environ[name] for name in names} | {"threads": torch.get_num_threads(), "pid": os.getsid(0)}
-        (tmp_path / str(rank)).write_text(json.dumps(found))
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        (tmp_path / str(rank)).write_text(json.dumps([*(os.environ[name] for name in names), os.getsid(0)]))
         return 0
 
-    for given, threads in (("3", torch.get_num_threads()), (None, 2)):
+    assert launched(note) == 0
+    for rank in range(2):
+        *found, session = json.loads((tmp_path / str(rank)).read_text())
+        assert found == [str(rank), str(rank), "2", "2"] and session != os.getsid(0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5), raising=False)
+    for given, cores in ((None, "2"), ("7", "7")):
         monkeypatch.setenv("OMP_NUM_THREADS", given or "")
         if given is None:
             monkeypatch.delenv("OMP_NUM_THREADS")
-            monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5), raising=False)
-        assert launched(note) == 0
-        for rank in range(2):
-            found = json.loads((tmp_path / str(rank)).read_text())
-            assert found["RANK"] == found["LOCAL_RANK"] == str(rank) and found["pid"] != os.getsid(0)
-            assert found["WORLD_SIZE"] == found["LOCAL_WORLD_SIZE"] == "2"
-            assert (found["OMP_NUM_THREADS"], found["threads"]) == (given or "2", threads)
+        launcher.share_cores(2)
+        assert os.environ["OMP_NUM_THREADS"] == cores
+
+
+def test_a_worker_that_cannot_be_started_leaves_none_behind(tmp_path, monkeypatch):
+    fork = os.fork
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pids = []
+
+    def only_once():
+        if pids:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        pids.append(fork())
+        return pids[0]
+
+    monkeypatch.setattr(os, "fork", only_once)
+    with pytest.raises(UserError, match="process 1 of 2 cannot be started: Resource temporarily unavailable"):
+        launched(lambda rank: time.sleep(60) or 0)
+    assert not psutil.pid_exists(pids[0]) and not list(tmp_path.iterdir())
+
+
+def test_exit_codes_are_known_where_the_signal_of_a_childs_end_is_ignored():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert launched(lambda rank: 3 * rank) == 3
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
