@@ -6,6 +6,7 @@ In a terminal progress is a live bar on standard error; elsewhere it is a log li
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -79,6 +80,8 @@ class Bar:
     def __init__(self, what: str, total: float, unit: str = "images", done: float = 0, **options: Any) -> None:
         from tqdm import tqdm
 
+        # Its own is for processes too, which here have no bar: a killed process leaves it behind, and a warning.
+        tqdm.set_lock(threading.RLock())
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.values = ""
         self.shown_at = time.perf_counter()
