@@ -10,17 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:  # its import takes time that a command without progress, such as --help, need not wait
-    pass
+from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
 Part = TypeVar("Part")
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal, and between values in a bar
 NAMED = 12  # things of a kind that a line names
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
+LOCK = threading.RLock()
 _open: list["Bar"] = []  # the innermost is the last
+
+
+def bars() -> Any:
+    """tqdm, with a lock of this process: its own is for several, and a process that is killed would leave it behind."""
+    from tqdm import tqdm  # here, since a command without progress, such as --help, need not wait for it
+
+    tqdm.set_lock(LOCK)
+    return tqdm
 
 
 def keep_streams() -> None:
@@ -40,7 +46,7 @@ class _Lines(logging.StreamHandler):  # type: ignore[type-arg]  # generic for ty
         return f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {level}{super().format(record)}"
 
     def emit(self, record: logging.LogRecord) -> None:
-        with sys.modules["tqdm"].tqdm.external_write_mode(self.stream) if "tqdm" in sys.modules else nullcontext():
+        with bars().external_write_mode(self.stream) if "tqdm" in sys.modules else nullcontext():
             super().emit(record)
 
 
@@ -78,10 +84,6 @@ class Bar:
     """How far some work has come: `done` of `total` units; what is done at first was done before this process."""
 
     def __init__(self, what: str, total: float, unit: str = "images", done: float = 0, **options: Any) -> None:
-        from tqdm import tqdm
-
-        # Its own is for processes too, which here have no bar: a killed process leaves it behind, and a warning.
-        tqdm.set_lock(threading.RLock())
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.values = ""
         self.shown_at = time.perf_counter()
@@ -89,7 +91,7 @@ class Bar:
         # None: unless there is no terminal. Of several processes the first one talks.
         quiet = True if os.environ.get("RANK", "0") != "0" else None
         options |= {"dynamic_ncols": True, "mininterval": 0.5, "smoothing": 0.02, "bar_format": BAR, "disable": quiet}
-        self.tqdm: tqdm[Any] = tqdm(total=total, initial=done, desc=what, unit=unit, **options)
+        self.tqdm = bars()(total=total, initial=done, desc=what, unit=unit, **options)
 
     @property
     def live(self) -> bool:

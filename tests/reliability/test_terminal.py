@@ -1,5 +1,6 @@
 """Log lines, the progress of long work, and closed standard streams."""
 
+import io
 import logging
 import os
 import subprocess
@@ -116,5 +117,6 @@ def test_a_bar_needs_no_semaphore_of_the_system(monkeypatch):
     monkeypatch.delattr("tqdm.std.TqdmDefaultWriteLock.mp_lock", raising=False)  # made once in a process
     made = Mock()
     monkeypatch.setattr("multiprocessing.RLock", made)
+    terminal._Lines(io.StringIO()).handle(logging.makeLogRecord({"msg": "a line"}))
     Bar("x", 1).close()
     assert not made.called
