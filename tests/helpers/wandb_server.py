@@ -14,6 +14,7 @@ class Server:
     def __init__(self):
         self.rows = defaultdict(dict)
         self.summaries = {}
+        self.asked = []  # the path of each request
         self.url = ""
 
     def history(self, run):
@@ -21,6 +22,7 @@ class Server:
         return [json.loads(row) for _, row in sorted(self.rows[run].items())]
 
     def answer(self, path, content):
+        self.asked.append(path)
         if path.endswith("/graphql"):
             request = json.loads(content)
             variables = request.get("variables") or {}

@@ -168,6 +168,7 @@ TAKEN = """
 from modeling.reporting import wandb_run
 from modeling.reporting.wandb_run import Picture, WandbRun, about_experiment, experiment
 from modeling.settings import WandbConfig
+
 run = WandbRun(WandbConfig(mode="offline", project="p", entity=None, timeout=2.0), {}, "taken")
 run.log({"x": 1.0}, 1)
 print(run.run)
@@ -183,6 +184,16 @@ def test_training_goes_on_when_wandb_refuses_the_run():
     first.finish()
     assert done.returncode == 0 and done.stdout == "None\n", done.stderr
     assert "is in use): no more of this run is tracked there" in done.stderr
+
+
+def test_an_offline_run_asks_no_server():
+    """Not at its end either, when W&B sends what it has noted about itself."""
+    with wandb_server() as server:
+        env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+        env |= {"PYTHONPATH": str(ROOT), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+        done = subprocess.run([sys.executable, "-c", TAKEN], capture_output=True, text=True, env=env)
+        assert done.returncode == 0 and "Run" in done.stdout, done.stderr
+        assert not server.asked
 
 
 @pytest.mark.parametrize(
