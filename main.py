@@ -28,8 +28,6 @@ from modeling.reliability.terminal import keep_streams, shorten_log
 
 ORDER = ("validate", "prepare", "train", "sample", "evaluate", "report")
 TYPED = tuple(sys.argv)
-# Python 3.14 checks help texts that Hydra 1.3 makes only when it prints them (facebookresearch/hydra#3121).
-setattr(argparse.ArgumentParser, "_check_help", lambda parser, action: None)  # noqa: B010  # no name that mypy knows
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -74,6 +72,8 @@ def main() -> None:
     """Runs the command line; what a user can put right is one line, without a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU: log_ndtr of bits/dim
+    if sys.version_info >= (3, 14):  # it checks help texts that Hydra 1.3 makes when it prints them (hydra issue 3121)
+        argparse.ArgumentParser._check_help = lambda parser, action: None
     logging.raiseExceptions = False  # a log file on a full disk must not hide what went wrong
     keep_streams()
     try:

@@ -77,6 +77,8 @@ def newest(path: Path) -> Path:
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = newest(path)
+    if (path / "run.json").exists():
+        raise UserError(f"no checkpoint in {path} yet: see trainer.checkpoint_every")
     if path.is_dir():
         return load_diffusers(path)
     return _load_average(path) if path.suffix == ".pt" and path.exists() else load_model(path)

@@ -97,12 +97,14 @@ class WandbRun:
         if mode == "disabled":
             return
         import wandb
+        from wandb.analytics.opentelemetry import opentelemetry_proxy
 
+        # What W&B notes about itself it sends when the process ends: of an offline run too, or for 20 s to no answer.
+        opentelemetry_proxy.disable()
         root = state_root()
         for name in ("cache", "data"):  # else in the home folder, which may be read-only
             os.environ.setdefault(f"WANDB_{name.upper()}_DIR", str(root.absolute() / "wandb" / name))
         options = wandb.Settings(
-            mode=mode,
             init_timeout=settings.timeout,
             finish_timeout=settings.timeout,
             save_code=False,
@@ -132,8 +134,6 @@ class WandbRun:
                 if on_server(run_id):
                     self.run_id = uuid.uuid4().hex[:12]
                     log.info("W&B's server has a part of run %s: this is a new run, %s", run_id, self.run_id)
-                options.mode = "offline"
-                wandb.setup(options)  # else W&B's own telemetry takes the process for online and calls its server
                 self.run = start(mode="offline", id=self.run_id)
             if self.run.offline:
                 self.folder = Path(self.run.settings.sync_dir)

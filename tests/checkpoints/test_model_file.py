@@ -76,6 +76,10 @@ def test_a_checkpoint_is_the_model_that_its_training_would_publish(tmp_path):
         load_trained(before)
     with pytest.raises(UserError, match="no model in"):
         load_trained(tmp_path / "step-000000007.pt")
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh/run.json").touch()
+    with pytest.raises(UserError, match=r"no checkpoint in .*fresh yet"):
+        load_trained(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize(

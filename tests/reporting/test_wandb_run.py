@@ -187,7 +187,7 @@ def test_training_goes_on_when_wandb_refuses_the_run():
 
 
 def test_an_offline_run_asks_no_server():
-    """Not at its end either, when W&B sends what it has noted about itself."""
+    """Not at its end either, when W&B would send what it has noted about itself."""
     with wandb_server() as server:
         env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
         env |= {"PYTHONPATH": str(ROOT), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
