@@ -8,9 +8,10 @@ import torch
 from modeling.diffusion.model import DiffusionModel
 from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
 from modeling.diffusion.unet import UNet
+from modeling.keys import affects, own_keys
 from modeling.reliability.errors import ConfigError, require
 from modeling.seeds import step_seed
-from modeling.settings import DiffusionConfig, ModelConfig, SamplerConfig, affects, own_keys
+from modeling.settings import DiffusionConfig, ModelConfig, SamplerConfig
 
 log = logging.getLogger(__name__)
 SIGNAL_LEFT = 0.01  # of the image's variance at the last time step: more spoils the samples. Ho et al. 2020 leave 4e-5

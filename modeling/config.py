@@ -13,8 +13,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from modeling.keys import Group
 from modeling.reliability.errors import ConfigError, require
-from modeling.settings import GROUPS, Config, Group, TopConfig
+from modeling.settings import GROUPS, Config, TopConfig
 
 _TOP = [f.name for f in fields(TopConfig)]
 _ALLOWED = sorted({*_TOP, "experiment", *GROUPS})

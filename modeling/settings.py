@@ -6,36 +6,16 @@ of its own. Imports no torch, so that main.py starts fast.
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, field, fields
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
+
+from modeling.keys import Group, at_least, fraction, not_negative, one_of, positive, setting
 
 MAX_TIMESTEPS = 1_000_000  # T: more would not fit into the memory of a small machine
 BETA_MIN = 1e-8  # below it, the first step would add no noise that a float could tell from none
 COLOURS = ("white", "grey", "black")
 STAGES = ("all", "check", "validate", "watch", "prepare", "train", "sample", "evaluate", "report", "export")
-
-
-def _key(
-    holds: Callable[[Any], bool] = lambda _: True, allowed: str = "", affects: str = "weights", before: Any = MISSING
-) -> Any:
-    """A key with a range: whether a value `holds`, and what is `allowed`, for the message.
-
-    `before` is the value of model files that are older than the key.
-    It affects "weights" (then it is part of a run's fingerprint), "outputs" (what else a run publishes) or "nothing"
-    (but speed, memory and safety).
-    """
-    return field(default=before, metadata={"holds": holds, "allowed": allowed, "affects": affects})
-
-
-_positive = partial(_key, lambda v: v > 0, "must be greater than 0")
-_not_negative = partial(_key, lambda v: v >= 0, "must be at least 0")
-_fraction = partial(_key, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-
-
-def _one_of(*allowed: str) -> Any:
-    return _key(lambda v: v in allowed, f"allowed are {', '.join(allowed)}")
 
 
 def _is_colour(value: Any) -> bool:
@@ -45,31 +25,6 @@ def _is_colour(value: Any) -> bool:
 
 def _typed(values: Iterable[int]) -> str:
     return f"[{','.join(map(str, values))}]"
-
-
-def _at_least(minimum: int, null: str, affects: str = "weights") -> Any:
-    return _key(lambda v: v is None or v >= minimum, f"must be at least {minimum}, or null {null}", affects)
-
-
-def affects(config: Any, what: str) -> dict[str, Any]:
-    """The keys of a group that affect `what` (see _key), with their values."""
-    keys = (f.name for f in fields(config) if f.metadata.get("affects", "weights") == what)
-    return {key: getattr(config, key) for key in keys}
-
-
-class Group:
-    """A group of the configuration."""
-
-    def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
-        """What must hold between keys, each as (whether it holds, the key to name, what is allowed)."""
-        return ()
-
-
-def own_keys(config: Group) -> dict[str, Any]:
-    """The keys that only this choice of a group has, with their values."""
-    base = next(cls for cls in type(config).__mro__ if Group in cls.__bases__)
-    common = {f.name for f in fields(base)}
-    return {key: value for key, value in vars(config).items() if key not in common}
 
 
 @dataclass(kw_only=True)
@@ -82,41 +37,43 @@ class DataConfig(Group):
 
 @dataclass(kw_only=True)
 class ShapesConfig(DataConfig):
-    num_train: int = _positive()
-    num_test: int = _positive()
-    image_size: int = _key(lambda v: v >= 8, "must be at least 8 pixels")
-    seed: int = _not_negative()
+    num_train: int = positive()
+    num_test: int = positive()
+    image_size: int = setting(lambda v: v >= 8, "must be at least 8 pixels")
+    seed: int = not_negative()
 
 
 @dataclass(kw_only=True)
 class FolderConfig(DataConfig):
-    path: str = _key(lambda v: v != "", "must be the folder of your images")
-    test_fraction: float = _key(lambda v: 0 < v < 1, "must lie in (0, 1)")
-    image_size: int | None = _at_least(8, "for images of one size")
-    channels: int = _key(lambda v: v in (1, 3), "allowed are 1 and 3")
-    background: Any = _key(_is_colour, f"allowed are {', '.join(COLOURS)}, or [red, green, blue], each 0 to 255")
+    path: str = setting(lambda v: v != "", "must be the folder of your images")
+    test_fraction: float = setting(lambda v: 0 < v < 1, "must lie in (0, 1)")
+    image_size: int | None = at_least(8, "for images of one size")
+    channels: int = setting(lambda v: v in (1, 3), "allowed are 1 and 3")
+    background: Any = setting(_is_colour, f"allowed are {', '.join(COLOURS)}, or [red, green, blue], each 0 to 255")
     skip_unreadable: bool
 
 
 @dataclass(kw_only=True)
 class MNISTConfig(DataConfig):
-    image_size: int = _key(lambda v: v >= 28 and v % 2 == 0, "must be even, and at least the 28 pixels of the images")
+    image_size: int = setting(
+        lambda v: v >= 28 and v % 2 == 0, "must be even, and at least the 28 pixels of the images"
+    )
 
 
 @dataclass(kw_only=True)
 class ModelConfig(Group):
-    name: str = _key(affects="nothing")
-    patch_size: int = _positive(before=1)
-    model_channels: int = _key(lambda v: v >= 4 and v % 2 == 0, "must be even")
-    channel_mult: list[int] = _key(lambda v: len(v) > 0 and min(v) > 0, "must be positive")
-    num_res_blocks: int = _positive()
+    name: str = setting(affects="nothing")
+    patch_size: int = positive(before=1)
+    model_channels: int = setting(lambda v: v >= 4 and v % 2 == 0, "must be even")
+    channel_mult: list[int] = setting(lambda v: len(v) > 0 and min(v) > 0, "must be positive")
+    num_res_blocks: int = positive()
     attention_resolutions: list[int]
-    num_heads: int = _positive()
-    dropout: float = _fraction()
-    norm_groups: int = _positive()
-    scale_shift: bool = _key(before=False)
+    num_heads: int = positive()
+    dropout: float = fraction()
+    norm_groups: int = positive()
+    scale_shift: bool = setting(before=False)
     class_conditional: bool
-    weights: str | None = _key(affects="nothing")
+    weights: str | None = setting(affects="nothing")
 
     def misfit(self, height: int, width: int) -> str | None:
         """Why the network cannot take images of this size, with a setting that works; None if it can."""
@@ -158,16 +115,16 @@ class ModelConfig(Group):
 @dataclass(kw_only=True)
 class DiffusionConfig(Group):
     schedule: str
-    num_timesteps: int = _key(lambda v: 1 <= v <= MAX_TIMESTEPS, f"allowed are 1 to {MAX_TIMESTEPS}")
-    prediction_type: str = _one_of("epsilon", "sample", "v_prediction")
-    variance: str = _one_of("fixed_large", "fixed_small", "learned")
-    min_snr_gamma: float | None = _key(lambda v: v is None or v > 0, "must be above 0, or null for the simple loss")
+    num_timesteps: int = setting(lambda v: 1 <= v <= MAX_TIMESTEPS, f"allowed are 1 to {MAX_TIMESTEPS}")
+    prediction_type: str = one_of("epsilon", "sample", "v_prediction")
+    variance: str = one_of("fixed_large", "fixed_small", "learned")
+    min_snr_gamma: float | None = setting(lambda v: v is None or v > 0, "must be above 0, or null for the simple loss")
 
 
 @dataclass(kw_only=True)
 class LinearConfig(DiffusionConfig):
-    beta_start: float = _key(lambda v: BETA_MIN <= v < 1, f"must lie in [{BETA_MIN}, 1)")
-    beta_end: float = _key(lambda v: 0 < v < 1, "must lie in (0, 1)")
+    beta_start: float = setting(lambda v: BETA_MIN <= v < 1, f"must lie in [{BETA_MIN}, 1)")
+    beta_end: float = setting(lambda v: 0 < v < 1, "must lie in (0, 1)")
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         yield self.beta_start < self.beta_end, "beta_start", f"must be below beta_end={self.beta_end}"
@@ -185,7 +142,7 @@ class LinearScaledConfig(LinearConfig):
 class SigmoidConfig(DiffusionConfig):
     start: float
     end: float
-    tau: float = _positive()
+    tau: float = positive()
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         yield self.start < self.end, "start", f"must be below end={self.end}"
@@ -199,54 +156,54 @@ class TabulatedConfig(DiffusionConfig):
 @dataclass(kw_only=True)
 class OptimizerConfig(Group):
     name: str
-    lr: float = _positive()
-    warmup_steps: int = _not_negative()
-    lr_decay: str = _one_of("none", "cosine", "linear")
-    grad_clip: float | None = _key(lambda v: v is None or v > 0, "must be above 0, or null")
+    lr: float = positive()
+    warmup_steps: int = not_negative()
+    lr_decay: str = one_of("none", "cosine", "linear")
+    grad_clip: float | None = setting(lambda v: v is None or v > 0, "must be above 0, or null")
 
 
 @dataclass(kw_only=True)
 class AdamConfig(OptimizerConfig):
-    betas: list[float] = _key(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "must be two numbers in [0, 1)")
-    eps: float = _positive()
+    betas: list[float] = setting(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "must be two numbers in [0, 1)")
+    eps: float = positive()
 
 
 @dataclass(kw_only=True)
 class AdamWConfig(AdamConfig):
-    weight_decay: float = _not_negative()
+    weight_decay: float = not_negative()
 
 
 @dataclass(kw_only=True)
 class MuonConfig(AdamConfig):
-    momentum: float = _fraction()
+    momentum: float = fraction()
 
 
 @dataclass(kw_only=True)
 class SGDConfig(OptimizerConfig):
-    momentum: float = _fraction()
-    weight_decay: float = _not_negative()
+    momentum: float = fraction()
+    weight_decay: float = not_negative()
 
 
 @dataclass(kw_only=True)
 class TrainerConfig(Group):
-    steps: int = _positive(affects="outputs")
-    batch_size: int = _positive()
-    ema_decay: float = _fraction()
+    steps: int = positive(affects="outputs")
+    batch_size: int = positive()
+    ema_decay: float = fraction()
     random_flip: bool
-    timestep_sampling: str = _one_of("uniform", "stratified")
-    label_dropout: float = _fraction()
-    log_every: int = _positive(affects="outputs")
-    evaluate_every: int = _positive(affects="outputs")
-    evaluate_images: int = _positive(affects="outputs")
-    sample_every: int = _positive(affects="outputs")
-    sample_images: int = _positive(affects="outputs")
-    sample_steps: int = _key(affects="outputs")
-    checkpoint_every: int = _positive(affects="nothing")
-    checkpoint_minutes: float = _positive(affects="nothing")
-    compile: bool | None = _key(affects="nothing")
-    micro_batch_size: int | None = _at_least(1, "for the batch", "nothing")
-    nproc: int = _positive(affects="nothing")
-    resume: str = _key(affects="outputs")
+    timestep_sampling: str = one_of("uniform", "stratified")
+    label_dropout: float = fraction()
+    log_every: int = positive(affects="outputs")
+    evaluate_every: int = positive(affects="outputs")
+    evaluate_images: int = positive(affects="outputs")
+    sample_every: int = positive(affects="outputs")
+    sample_images: int = positive(affects="outputs")
+    sample_steps: int = setting(affects="outputs")
+    checkpoint_every: int = positive(affects="nothing")
+    checkpoint_minutes: float = positive(affects="nothing")
+    compile: bool | None = setting(affects="nothing")
+    micro_batch_size: int | None = at_least(1, "for the batch", "nothing")
+    nproc: int = positive(affects="nothing")
+    resume: str = setting(affects="outputs")
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         yield _steps_fit(self.sample_steps, "sample_steps", config)
@@ -258,12 +215,12 @@ class TrainerConfig(Group):
 class SamplerConfig(Group):
     name: str
     steps: int
-    spacing: str = _one_of("uniform", "quadratic", "log_snr", "karras")
+    spacing: str = one_of("uniform", "quadratic", "log_snr", "karras")
     clip_denoised: bool
-    num_samples: int = _positive()
-    batch_size: int = _positive()
-    seed: int = _not_negative()
-    guidance_scale: float = _not_negative()
+    num_samples: int = positive()
+    batch_size: int = positive()
+    seed: int = not_negative()
+    guidance_scale: float = not_negative()
     label: str | None
     compile: bool
 
@@ -285,7 +242,7 @@ class SamplerConfig(Group):
 
 @dataclass(kw_only=True)
 class DDIMConfig(SamplerConfig):
-    eta: float = _key(lambda v: 0 <= v <= 1, "must lie in [0, 1]")
+    eta: float = setting(lambda v: 0 <= v <= 1, "must lie in [0, 1]")
 
 
 def _steps_fit(steps: int, key: str, config: "Config") -> tuple[bool, str, str]:
@@ -295,36 +252,36 @@ def _steps_fit(steps: int, key: str, config: "Config") -> tuple[bool, str, str]:
 
 @dataclass(kw_only=True)
 class EvaluationConfig(Group):
-    batch_size: int = _positive()
-    num_samples: int = _key(lambda v: v >= 4, "must be at least 4")
-    bpd_images: int | None = _at_least(2, "for all")
-    bpd_timesteps: int | None = _at_least(1, "for all")
-    fid_samples: int | None = _at_least(10, "to leave FID out")
+    batch_size: int = positive()
+    num_samples: int = setting(lambda v: v >= 4, "must be at least 4")
+    bpd_images: int | None = at_least(2, "for all")
+    bpd_timesteps: int | None = at_least(1, "for all")
+    fid_samples: int | None = at_least(10, "to leave FID out")
     inception_weights: str | None
-    inception_sha256: str = _key(
+    inception_sha256: str = setting(
         lambda v: bool(re.fullmatch("[0-9a-f]{8,64}", v)), "must be 8 to 64 hexadecimal digits"
     )
 
 
 @dataclass(kw_only=True)
 class WandbConfig(Group):
-    mode: str = _one_of("online", "offline", "disabled")
+    mode: str = one_of("online", "offline", "disabled")
     project: str
     entity: str | None
-    timeout: float = _positive()
+    timeout: float = positive()
 
 
 @dataclass(kw_only=True)
 class TopConfig(Group):
     """The keys that are in no group."""
 
-    stage: str = _one_of(*STAGES)
+    stage: str = one_of(*STAGES)
     out_dir: str | None
-    seed: int = _not_negative()
-    device: str = _one_of("auto", "cpu", "cuda", "mps")
-    precision: str = _one_of("auto", "bf16", "fp32")
+    seed: int = not_negative()
+    device: str = one_of("auto", "cpu", "cuda", "mps")
+    precision: str = one_of("auto", "bf16", "fp32")
     deterministic: bool
-    threads: int | None = _at_least(1, "for what PyTorch chooses", "nothing")
+    threads: int | None = at_least(1, "for what PyTorch chooses", "nothing")
 
 
 @dataclass(kw_only=True)

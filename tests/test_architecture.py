@@ -26,16 +26,17 @@ def script(name):
 
 architecture, configuration, troubleshooting = map(script, ("architecture", "configuration", "troubleshooting"))
 
-LOWEST = {"seeds", "settings", "reliability"}
+LOWEST = {"seeds", "keys", "settings", "reliability"}
 INFERENCE = {"inference", "build", "data", "distributed", "diffusion", *LOWEST}
 MAY_IMPORT = {
     "seeds": set(),
-    "settings": set(),
+    "keys": set(),
+    "settings": {"keys"},
     "reliability": set(),
     "diffusion": set(),
     "distributed": {"reliability", "settings"},
     "data": LOWEST,
-    "config": {"reliability", "settings"},
+    "config": {"keys", "reliability", "settings"},
     "build": {"diffusion", *LOWEST},
     "inference": INFERENCE - {"inference"},
     "interop": {"diffusion", "reliability", "settings"},

@@ -11,8 +11,9 @@ from modeling.diffusion.samplers import SAMPLERS, timestep_subsequence
 from modeling.distributed.shares import sharded_batches
 from modeling.inference.device import Compute
 from modeling.inference.images import to_uint8
+from modeling.keys import own_keys
 from modeling.reliability.signals import poll
-from modeling.settings import SamplerConfig, own_keys
+from modeling.settings import SamplerConfig
 
 SAMPLING = "sampling"  # the name of its progress
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from modeling.data.prepared import prepare
 from modeling.data.sources import FORMS
+from modeling.keys import own_keys
 from modeling.reliability.errors import ConfigError
-from modeling.settings import Config, own_keys
+from modeling.settings import Config
 
 
 def run(config: Config, out: Path) -> None:

@@ -7,9 +7,10 @@ import hashlib
 from pathlib import Path
 
 from modeling.data.folder import listing
+from modeling.keys import own_keys
 from modeling.reliability.errors import require
 from modeling.reliability.files import existing, write_atomic
-from modeling.settings import Config, own_keys
+from modeling.settings import Config
 
 
 def run(config: Config, out: Path) -> None:
