@@ -10,34 +10,28 @@ so weights, EMA and optimizer are the same in each. The first alone writes and r
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from modeling.checkpoints.checkpoint import checkpoints
 from modeling.data.prepared import Prepared
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import (
     any_process_each,
     check_same,
-    from_first,
-    is_first,
     sum_over_processes,
 )
 from modeling.distributed.shares import share
 from modeling.inference.device import Compute
 from modeling.inference.held_out import held_out_losses
 from modeling.inference.samples import draw_samples
-from modeling.reliability.errors import Stopped, UserError
-from modeling.reliability.files import replacing
+from modeling.reliability.errors import Stopped
 from modeling.reliability.signals import stop_requested
 from modeling.seeds import step_seed
 from modeling.settings import Config, SamplerConfig, TrainerConfig
 from modeling.training.batches import InputSource, StepInputs
+from modeling.training.divergence import Divergence
 from modeling.training.ema import EMA
 from modeling.training.optimizer import build_optimizer, learning_rate
 from modeling.training.state import CheckpointFolder, TrainingState
@@ -107,8 +101,7 @@ class Trainer:
         self.source = InputSource(config, data.train, model, compute)
         self.test = data.test.first(self.config.evaluate_images)
         self.forward = compute.compiled(model, self.config.compile)
-        self.unchecked: list[Tensor] = []  # loss and gradient norm of each step since the last check, on the device
-        self.recent: deque[float] = deque(maxlen=5)  # losses for the message
+        self.divergence = Divergence(config, self.source, folder)
         # The parts of the batch that go through the network one after another.
         mine = share(self.config.batch_size)
         size = self.config.micro_batch_size or len(mine)
@@ -157,7 +150,7 @@ class Trainer:
                 return self.last_row
             self.train_step()
             self.reporter.stepped(self.step, self.state.mean_loss)
-            if len(self.unchecked) >= CHECK_EVERY:
+            if len(self.divergence.unchecked) >= CHECK_EVERY:
                 self._check_finite()
 
     def _save(self) -> None:
@@ -184,7 +177,7 @@ class Trainer:
         self.optimizer.step()
         self.ema.update()
         self.state.add({"loss": loss, "grad_norm": norm})
-        self.unchecked.append(torch.stack([loss, norm]))
+        self.divergence.add(loss, norm)
         self.state.step += 1
         self.state.images += self.config.batch_size
 
@@ -201,43 +194,11 @@ class Trainer:
         return detached
 
     def _check_finite(self, weights: Sequence[Tensor] = ()) -> None:
-        """Waits for the device and counts the time of training since the last check.
-
-        UserError for the first step since then whose loss, gradient or weights are not finite.
-        """
-        rows = torch.stack(self.unchecked).tolist() if self.unchecked else []
-        self.unchecked.clear()
-        norm = math.nan
-        for step, (loss, norm) in enumerate(rows, self.step - len(rows) + 1):
-            self.recent.append(loss)
-            if not math.isfinite(loss + norm):
-                raise self._diverged("gradient" if math.isfinite(loss) else "loss", step, norm)
-        if weights and not bool(torch.stack([w.isfinite().all() for w in weights]).all()):
-            raise self._diverged("weights", self.step, norm)
+        """Waits for the device and counts the time of training since the last check; UserError as Divergence says."""
+        self.divergence.check(self.step, weights)
         now = time.perf_counter()
         self.state.seconds += now - self._since
         self._since = now
-
-    def _diverged(self, what: str, step: int, norm: float) -> UserError:
-        """The error to raise; the batch of the step, a function of (seed, step), is kept in the folder."""
-        rate = learning_rate(self.optimizer_config, step - 1, self.config.steps)
-        path = Path(from_first(lambda: str(self.folder.path / f"bad-step-{step:09}.pt")))
-        inputs = self.source.inputs(step - 1)._asdict()
-        batch = {name: None if value is None else value.cpu() for name, value in inputs.items()}
-        batch |= {"step": step, "lr": rate, "losses": [*self.recent]}
-        batch["indices"] = self.source.batches.indices(step - 1)
-        if is_first():
-            with suppress(UserError), replacing(path) as partial:  # a full disk must not hide the reason
-                torch.save(batch, partial)
-        good = from_first(lambda: [str(p) for p in checkpoints(self.folder.path)])
-        losses = ", ".join(f"{loss:.4g}" for loss in self.recent)
-        advice = "lower optimizer.lr, raise optimizer.warmup_steps, set optimizer.grad_clip=1.0 or precision=fp32"
-        if good:
-            advice += f", from the last good checkpoint with trainer.resume={good[-1]}"
-        return UserError(
-            f"the {what} of step {step} is not finite (last losses {losses}; gradient norm {norm:.4g}), "
-            f"learning rate {rate:.4g}: {advice}; the batch of that step is in {path}"
-        )
 
     def _due(self) -> bool:
         c = self.config
