@@ -1,6 +1,7 @@
 """Faults injected for real: signals, full and read-only disks, damaged files, two runs at once, no memory."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -104,7 +105,7 @@ def test_a_signal_stops_the_demo_within_five_seconds_anywhere(demo, place, stage
     assert run.end() == 75, run.printed()
     assert time.monotonic() - begin < 5
     assert message in run.last_line()
-    assert f"to go on: python {ROOT / 'main.py'} experiment=demo" in run.last_line()
+    assert f"to go on: python {shlex.quote(str(ROOT / 'main.py'))} experiment=demo" in run.last_line()
     assert not list((demo / out).rglob(".*.partial"))
 
 

@@ -264,10 +264,10 @@ def test_dvc_depends_on_what_a_stage_imports(stage):
     """Every imported file with code lies under a declared dependency, and every dependency holds an imported file."""
     code = (
         f"import sys, modeling.stages.{stage}\n"
-        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'modeling'))"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'modeling'), sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    imported = [path for path in map(Path, done.stdout.split()) if has_code(path)]
+    imported = [path for path in map(Path, done.stdout.splitlines()) if has_code(path)]
     imported.remove(ROOT / "modeling/__init__.py")  # for notebooks: no stage uses what it has
     declared = [ROOT / dep for dep in stages()[stage]["deps"] if dep.startswith("modeling/")]
     assert not [path for path in imported if not any(path.is_relative_to(dep) for dep in declared)]
