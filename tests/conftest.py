@@ -18,7 +18,9 @@ from modeling.build import build_schedule
 from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
 
 LONG = ("test_processes", "test_dvc_resume", "test_pipeline", "test_kill", "test_benchmarks", "test_faults")
-
+# They run, often, lines that other tests run: measuring would make them two to three times as slow for nothing.
+UNMEASURED = ("test_architecture", "test_benchmarks", "test_docs", "test_dvc_resume", "test_extending")
+UNMEASURED += ("test_fuzz", "test_kill", "test_peers")
 
 # What compares with peers or runs a linter is left out, and said so, where requirements-dev.txt is not installed.
 DEV = find_spec("diffusers") is not None
@@ -37,6 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("dev")]
     # What takes long begins first, so that no worker is left with it alone at the end.
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        if item.path.stem in UNMEASURED:
+            item.add_marker(pytest.mark.no_cover)
     if not torch.cuda.is_available():
         reason = "there is no CUDA device here" if "TEST_CUDA" in os.environ else "runs with TEST_CUDA=1"
         for item in items:

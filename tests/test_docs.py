@@ -1,9 +1,10 @@
 """README.md and docs/: every test, file, link, command, key and choice that a page names exists.
 
 Every command is parsed by its own program, and its overrides composed and validated, also of what needs a GPU, a
-network or hours. They are listed by `pytest tests/test_docs.py -rP`. Those of main.py run, with the tiny recipe.
-test_pipeline.py runs the pipeline under DVC, and the Python blocks; test_extending.py the commands of extending.md,
-which need its patches; test_benchmarks.py the benchmarks, and tests/commands the tables.
+network or hours. They are listed by `pytest tests/test_docs.py -rP`. Those of main.py run, with the tiny recipe, and
+main.py with what those of `dvc exp run` set. test_pipeline.py runs the pipeline under DVC, its queue and its tables,
+and the Python blocks; test_extending.py the commands of extending.md, which need its patches; test_benchmarks.py the
+benchmarks, and tests/commands the tables.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from importlib.util import find_spec
 import pytest
 from dvc.cli.parser import get_main_parser
 from helpers.configs import load
+from helpers.images import write_images
 from helpers.pipeline import ROOT, TINY
 from helpers.processes import Launched
 from helpers.runs import plain_run
@@ -153,17 +155,33 @@ def repository(tmp_path_factory, tmp_path):
     return tmp_path / "root"
 
 
+def run_tiny(repository, words):
+    """Runs main.py with the tiny recipe in place of its own, if that needs no network and no hours; whether it does."""
+    recipes = [word for word in words if word.startswith("experiment=")]
+    if any(recipe not in SHORT for recipe in recipes):
+        return False
+    arguments = [*TINY, *(word for word in words if word not in recipes)]
+    run = Launched(repository, arguments, repository, {"DVC_ROOT": str(repository)})
+    assert run.end() == 0, f"{words}: {run.printed()}"
+    return True
+
+
 def test_commands_of_main_run(repository):
-    """With the tiny recipe, all but those whose recipe needs a network or hours."""
-    ran = 0
-    for words in commands("main.py"):
-        recipes = [word for word in words if word.startswith("experiment=")]
-        if all(recipe in SHORT for recipe in recipes) and words != ["stage=sample", "model.weights=x"]:
-            rest = [word for word in words if word not in recipes]
-            run = Launched(repository, [*TINY, *rest], repository, {"DVC_ROOT": str(repository)})
-            assert run.end() == 0, f"{words}: {run.printed()}"
-            ran += 1
-    assert ran > 12
+    without = ["stage=sample", "model.weights=x"]  # x is no model
+    assert sum(run_tiny(repository, words) for words in commands("main.py") if words != without) > 12
+
+
+def test_what_commands_of_dvc_set_runs(repository):
+    """In training, but for data of the network; test_device.py compiles."""
+    write_images(repository / "x", (32, 32), (32, 32))
+    ran = []
+    for words in commands("dvc"):
+        overrides = (getattr(get_main_parser().parse_args(words), "set_param", None) or []) if len(words) > 1 else []
+        overrides = [re.sub(r"=([^\[,'\"]+),.*", r"=\1", each) for each in overrides]  # of a sweep the first value
+        known = not overrides or overrides in ran or {"data=cifar100", "trainer.compile=true"} & {*overrides}
+        if not known and run_tiny(repository, [*overrides, "stage=train"]):
+            ran.append(overrides)
+    assert len(ran) > 8
 
 
 def test_commands_of_dvc_parse_and_compose():

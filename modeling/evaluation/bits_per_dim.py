@@ -44,6 +44,11 @@ def strata(num_timesteps: int, count: int | None) -> list[tuple[int, int]]:
     return list(pairwise([*ends, num_timesteps]))
 
 
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values, [N]; NaN where a single one says nothing of the spread."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 @torch.no_grad()
 def bits_per_dim(
     model: DiffusionModel, data: LabelledImages, batch_size: int, timesteps: int | None, compute: Compute
@@ -79,7 +84,7 @@ def bits_per_dim(
     total, n = table.sum(0), table.shape[1]
     return {
         "bits_per_dim": total.mean().item(),
-        "bits_per_dim_stderr": total.std().item() / math.sqrt(n),
+        "bits_per_dim_stderr": standard_error(total),
         "bits_per_dim_parts": dict(zip(("prior", "middle", "decoder"), table.mean(1).tolist(), strict=True)),
         "bits_per_dim_images": n,
         "bits_per_dim_timesteps": min(timesteps or model.schedule.num_timesteps, model.schedule.num_timesteps),

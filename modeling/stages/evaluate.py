@@ -12,7 +12,7 @@ from modeling.data.prepared import LabelledImages, Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import from_first, is_first
 from modeling.evaluation import fid
-from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
+from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report, standard_error
 from modeling.evaluation.distance import packet_sums, wavelet_distance
 from modeling.evaluation.fid import Inception
 from modeling.evaluation.nearest import Neighbours, nearest_images
@@ -120,7 +120,7 @@ def _beside_data(
         labels = torch.full_like(labels, meta["classes"].index(config.sampler.label))
     right = recognised(network, images, labels, compute)
     report["recognised"] = right.mean().item()
-    report["recognised_stderr"] = right.std().item() / math.sqrt(len(right))
+    report["recognised_stderr"] = standard_error(right)
     report["recognised_by_class"] = {
         name: right[labels == k].mean().item() for k, name in enumerate(meta["classes"]) if bool((labels == k).any())
     }

@@ -22,7 +22,7 @@ import pytest
 import torch
 from helpers.configs import group
 from helpers.once import once
-from helpers.pipeline import ROOT, TINY, environment
+from helpers.pipeline import ROOT, TINY, environment, measured
 from helpers.runs import curves, finish, launch, saved_step
 from helpers.training import MODEL, Recorder, make, weights
 from PIL import Image
@@ -50,11 +50,6 @@ COMMON = [
 ]
 LONG = ["model.dropout=0.1", "trainer.steps=60", "trainer.checkpoint_every=5", "trainer.nproc=2"]
 LONG += ["trainer.log_every=50", "trainer.sample_every=1000", "trainer.evaluate_every=1000"]
-
-
-def measured():
-    """The variables of coverage, for processes whose lines no others run."""
-    return {key: value for key, value in os.environ.items() if key.startswith("COVERAGE_")}
 
 
 def python(root, *arguments, **changes):

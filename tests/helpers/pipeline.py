@@ -23,6 +23,11 @@ def spelled_out(recipe, without=""):
     return [each for each in shown if not (without and each.startswith((f"{without}=", f"{without}.")))]
 
 
+def measured():
+    """The variables of coverage, for processes whose lines no others run."""
+    return {key: value for key, value in os.environ.items() if key.startswith("COVERAGE_")}
+
+
 def environment(state, **changes):
     """Of a process without settings of its user; its lines are not measured, which would take a third of its time."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DVC_", "COVERAGE_"))}

@@ -1,6 +1,7 @@
 """Real processes of main.py that start fast: a server that has imported everything forks them.
 
-A process writes the functions on its stack to a file at every SIGUSR1, so a test knows where it was when it was killed.
+Their lines are measured where those of the test are: not in tests with the mark no_cover. A process writes the
+functions on its stack to a file at every SIGUSR1, so a test knows where it was when it was killed.
 """
 
 import contextlib
@@ -13,11 +14,14 @@ import signal
 import sys
 import time
 import traceback
+from multiprocessing import forkserver
+from unittest import mock
 
+import coverage
 import psutil
 import torch
 
-from helpers.pipeline import ROOT
+from helpers.pipeline import ROOT, measured
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # All that a process of main.py imports, and what W&B imports as late as in its init.
@@ -33,6 +37,7 @@ def _child(arguments, cwd, environment, log, stacks, limits):
     with open(log, "ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    coverage.process_startup()  # if the environment asks for it
     descriptor = os.open(stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # unbuffered: signals may come within signals
 
     def write_stack(number, frame):
@@ -56,6 +61,14 @@ def _child(arguments, cwd, environment, log, stacks, limits):
 _started = []
 
 
+def _start_server():
+    """Without measuring, which would make its imports and all its children slow: each of them measures itself."""
+    with mock.patch.dict(os.environ):
+        for name in measured():
+            del os.environ[name]
+        forkserver.ensure_running()
+
+
 def end_all():
     """Kills every process that still runs."""
     while _started:
@@ -73,6 +86,9 @@ class Launched:
         self.log.write_text("")
         self.stacks.unlink(missing_ok=True)
         settings = {"DVC_ROOT": str(folder / "root"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | environment
+        if coverage.Coverage.current():
+            settings |= measured()
+        _start_server()
         given = (list(arguments), cwd, settings, self.log, self.stacks, limits or {})
         self.process = CONTEXT.Process(target=_child, args=given, daemon=True)  # ends with the tests
         self.process.start()

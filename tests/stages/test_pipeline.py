@@ -1,9 +1,11 @@
 """End to end, through the real command line, DVC and W&B's offline files."""
 
 import ast
+import csv
 import doctest
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -317,6 +319,10 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
     shown = {key for file in metrics.values() for key in file["data"]}
     measured = {"bits_per_dim", "bits_per_dim_stderr", "wavelet_distance", "wavelet_distance_stderr"}
     assert shown == {"held_out_loss", "images", "images_per_second", *measured}
+    (command,) = re.findall("^dvc exp show .*$", (ROOT / "docs/commands.md").read_text(), re.M)
+    columns, *rows = csv.reader(dvc([*shlex.split(command), "--csv"]).stdout.splitlines())
+    assert {"optimizer.lr", "sampler.name", "held_out_loss", "bits_per_dim"} <= set(columns) and len(columns) < 12
+    assert "0.0625" in {row[columns.index("optimizer.lr")] for row in rows}
 
     def edited(file):
         with (repository / "modeling" / file).open("a") as code:

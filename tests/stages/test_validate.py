@@ -120,6 +120,7 @@ MISFITS = {
 RECIPES = [path.stem for path in sorted((CONF / "experiment").iterdir()) if "override /" in path.read_text()]
 
 
+@pytest.mark.no_cover  # what it runs so often is measured elsewhere
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_combines_with_every_choice(root, recipe):
     """Or is refused for what was typed: a choice that needs a value, or a network that does not fit the images."""
