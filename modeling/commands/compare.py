@@ -44,14 +44,13 @@ def run(arguments: Sequence[str]) -> None:
     """Prints the table and writes the page, else raises UserError."""
     options = parse_arguments(arguments)
     rows = parse(shown_by_dvc(options.all_commits))
-    experiments = [row for row in rows if row.is_experiment]
-    if not experiments:
+    if not any(row.is_experiment for row in rows):
         others = "" if options.all_commits else ", or -A for those of other commits"
         raise UserError(f"no experiments yet: make one with dvc exp run -S experiment=demo{others}")
+    telling = [row for row in rows if row.is_experiment or row.metrics]  # not a commit that trained nothing
     if unknown := [name for name in options.names if name not in {row.name for row in rows}]:
-        raise UserError(f"no experiment {unknown[0]}: there are {', '.join(row.name for row in rows)}")
-    if options.names:
-        rows = [row for row in rows if row.name in options.names]
+        raise UserError(f"no experiment {unknown[0]}: there are {', '.join(row.name for row in telling)}")
+    rows = [row for row in rows if row.name in options.names] if options.names else telling
     metric = rank(rows, options.sort_by)
     rows.sort(key=lambda row: (row.rank is None, row.rank))
     print_table(rows)

@@ -128,6 +128,9 @@ def test_experiments_of_dvc(repository, capsys):
     assert found["done"]["metrics"] == {"held_out_loss": 0.5} and found["done"]["curves"] == {"loss": [[1, 0.5]]}
     assert found["workspace"]["curves"] == found["done"]["curves"] and found["waits"]["state"] == "queued"
     assert "seed=3" in capsys.readouterr().out
+    compare.run(["--all-commits"])
+    _, *rows, _ = capsys.readouterr().out.splitlines()
+    assert {line.split()[1] for line in rows} == {"done", "waits", "workspace"}  # not the commit, which trained nothing
     shutil.rmtree(repository / ".dvc/cache")
     read = compare.reader(
         Experiment(**{key: each for key, each in found["done"].items() if key not in ("rank", "curves")})
