@@ -56,7 +56,7 @@ def test_only_the_named_are_compared(monkeypatch, capsys):
     run(monkeypatch, done(), "second", "third")
     printed = capsys.readouterr().out
     assert "second" in printed and "third" in printed and "red" not in printed and "master" not in printed
-    with pytest.raises(UserError, match="no experiment nobody: there are workspace, master,"):
+    with pytest.raises(UserError, match=r"no experiment nobody: there are \[red\]<script>, second, third$"):
         run(monkeypatch, done(), "nobody")
     with pytest.raises(UserError, match=r"no experiments yet: .*, or -A"):
         run(monkeypatch, shown())
