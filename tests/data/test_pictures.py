@@ -141,7 +141,7 @@ def test_other_colour_spaces_are_converted(read, mode, name):
     options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow 12 cannot read its own without
     pixels, notes = read(Image.new("RGB", (8, 8), (250, 130, 10)).convert(mode), name, **options)
     assert np.abs(pixels - np.array([250, 130, 10.0])).max() <= 4
-    assert notes == [f"converted from {mode}"] or mode == "YCbCr" and notes == []  # and converts what it opens
+    assert notes == [f"converted from {mode}"] or (mode == "YCbCr" and notes == [])  # and converts what it opens
 
 
 UPRIGHT = {  # by the number in EXIF: what turns the stored pixels upright
