@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not DEV:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("dev")])
         items[:] = [item for item in items if not item.get_closest_marker("dev")]
-    # What takes long begins first, so that no worker is left with it alone at the end: a compiler without its cache, too.
+    # What takes long begins first, so that no worker is left with it alone: a compiler without its cache, too.
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     items.sort(key=lambda item: "compile" not in item.name)
     for item in items:
