@@ -59,7 +59,7 @@ class Progress:
             "%.1f images/s: %s for %d steps", self.trainer.batch_size / per_step, duration(per_step * steps), steps
         )
         if per_step * steps > LONG and self.device.type == "cpu":
-            log.info("that is long for a CPU: experiment=cifar10_cpu takes half an hour, experiment=demo minutes")
+            log.info("that is long for a CPU: experiment=cifar10_cpu takes less than an hour, experiment=demo minutes")
         return True
 
     def logged(self, step: int, row: Mapping[str, float]) -> None:

@@ -123,7 +123,7 @@ def _speed_and_memory(config: Config, compute: Compute, prepared: Prepared | Non
     if done:
         text += f" after the {done:,} that are done"
     if seconds > LONG and compute.device.type == "cpu":
-        yield Finding(NOTE, f"{text}; experiment=cifar10_cpu takes half an hour, experiment=demo minutes")
+        yield Finding(NOTE, f"{text}; experiment=cifar10_cpu takes less than an hour, experiment=demo minutes")
     else:
         yield Finding(OK, f"{text}; evaluation and sampling come on top")
     size = sum(p.numel() for p in model.parameters()) * 4 * (3 * STATE_COPIES + 1)  # two checkpoints and one in writing
