@@ -18,7 +18,7 @@ from modeling.data.prepared import LabelledImages, Prepared
 from modeling.data.sources import shapes
 from modeling.diffusion.model import DiffusionModel
 from modeling.inference.device import Compute, choose_compute
-from modeling.settings import Config
+from modeling.settings.groups import Config
 from modeling.training.state import CheckpointFolder
 from modeling.training.trainer import Reporter, Trainer
 

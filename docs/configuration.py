@@ -9,14 +9,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from modeling.recipe import CONF, composed  # noqa: E402
-from modeling.settings import GROUPS, TopConfig  # noqa: E402
+from modeling.settings.groups import GROUPS, TopConfig  # noqa: E402
 
 KINDS = {bool: "true, false", bool | None: "true, false, null"}
 HEAD = """# Configuration
 
-Every key, made by `docs/configuration.py` from `conf/`, its comments, and the ranges of `modeling/settings.py`. On the
-command line a key is `group.key=value` and a choice `group=choice`, behind `-S` for `dvc exp run`. Where the choices
-of a group differ, each is named. `python main.py --cfg job experiment=demo` prints what a command composes to.
+Every key, made by `docs/configuration.py` from `conf/`, its comments, and the ranges of
+`modeling/settings/groups.py`. On the command line a key is `group.key=value` and a choice `group=choice`, behind `-S`
+for `dvc exp run`. Where the choices of a group differ, each is named. `python main.py --cfg job experiment=demo`
+prints what a command composes to.
 """
 
 

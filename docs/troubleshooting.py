@@ -29,7 +29,7 @@ stop with all work saved, 1 anything else. A traceback is a bug. These are all s
 DOING = {  # by the beginning of the module's path: the first that fits
     "Configuring": (
         "config.py",
-        "settings.py",
+        "settings/",
         "recipe.py",
         "main.py",
         "build.py",

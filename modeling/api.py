@@ -28,7 +28,7 @@ from modeling.inference.images import to_uint8
 from modeling.inference.samples import SampleNoise, denoise
 from modeling.recipe import conf_dir, in_grammar
 from modeling.reliability.errors import ConfigError, require
-from modeling.settings import GROUPS, Config
+from modeling.settings.groups import GROUPS, Config
 from modeling.stages.sample import as_recipe, check_sampling, draw_configured
 
 

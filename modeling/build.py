@@ -8,10 +8,11 @@ import torch
 from modeling.diffusion.model import DiffusionModel
 from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
 from modeling.diffusion.unet import UNet
-from modeling.keys import affects, own_keys
 from modeling.reliability.errors import ConfigError, require
 from modeling.seeds import step_seed
-from modeling.settings import DiffusionConfig, ModelConfig, SamplerConfig
+from modeling.settings.groups import DiffusionConfig, ModelConfig, SamplerConfig
+from modeling.settings.keys import affects, own_keys
+from modeling.settings.sizes import misfit
 
 log = logging.getLogger(__name__)
 SIGNAL_LEFT = 0.01  # of the image's variance at the last time step: more spoils the samples. Ho et al. 2020 leave 4e-5
@@ -19,8 +20,8 @@ SIGNAL_LEFT = 0.01  # of the image's variance at the last time step: more spoils
 
 def check_image_size(m: ModelConfig, height: int, width: int) -> None:
     """Raises ConfigError unless the network fits the images."""
-    if misfit := m.misfit(height, width):
-        raise ConfigError(misfit)
+    if why := misfit(m, height, width):
+        raise ConfigError(why)
 
 
 def check_sampler(s: SamplerConfig, num_timesteps: int, classes: Sequence[str], label_dropout: float) -> None:

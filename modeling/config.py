@@ -1,7 +1,7 @@
 """From the composed configuration to settings: the only module that sees a DictConfig.
 
-OmegaConf checks types and unknown keys against the dataclasses of settings.py; ranges and what must fit together are
-checked here. Whatever is wrong raises ConfigError with one line that names the key.
+OmegaConf checks types and unknown keys against the dataclasses of settings/groups.py; ranges and what must fit together
+are checked here. Whatever is wrong raises ConfigError with one line that names the key.
 """
 
 import math
@@ -13,9 +13,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from modeling.keys import Group
 from modeling.reliability.errors import ConfigError, require
-from modeling.settings import GROUPS, Config, TopConfig
+from modeling.settings.groups import GROUPS, Config, TopConfig
+from modeling.settings.keys import Group
 
 _TOP = [f.name for f in fields(TopConfig)]
 _ALLOWED = sorted({*_TOP, "experiment", *GROUPS})

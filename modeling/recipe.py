@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from modeling.reliability.errors import ConfigError
-from modeling.settings import GROUPS
+from modeling.settings.groups import GROUPS
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).parents[1] / "conf"

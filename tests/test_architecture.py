@@ -13,7 +13,7 @@ from helpers.pipeline import ROOT
 from modeling.data.sources import SOURCES
 from modeling.diffusion.samplers import SAMPLERS, SPACINGS
 from modeling.diffusion.schedule import SCHEDULES
-from modeling.settings import GROUPS
+from modeling.settings.groups import GROUPS
 from modeling.training.optimizer import OPTIMIZERS
 
 
@@ -26,17 +26,16 @@ def script(name):
 
 architecture, configuration, troubleshooting = map(script, ("architecture", "configuration", "troubleshooting"))
 
-LOWEST = {"seeds", "keys", "settings", "reliability"}
+LOWEST = {"seeds", "settings", "reliability"}
 INFERENCE = {"inference", "build", "data", "distributed", "diffusion", *LOWEST}
 MAY_IMPORT = {
     "seeds": set(),
-    "keys": set(),
-    "settings": {"keys"},
+    "settings": set(),
     "reliability": set(),
     "diffusion": set(),
     "distributed": {"reliability", "settings"},
     "data": LOWEST,
-    "config": {"keys", "reliability", "settings"},
+    "config": {"reliability", "settings"},
     "build": {"diffusion", *LOWEST},
     "inference": INFERENCE - {"inference"},
     "interop": {"diffusion", "reliability", "settings"},

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from modeling.build import check_image_size
 from modeling.config import load_config
 from modeling.reliability.errors import UserError
-from modeling.settings import AdamWConfig, DDIMConfig, SGDConfig, parse_group
+from modeling.settings.groups import AdamWConfig, DDIMConfig, SGDConfig, parse_group
 
 
 def test_defaults_are_the_papers():

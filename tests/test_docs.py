@@ -26,7 +26,7 @@ from helpers.processes import Launched
 from helpers.runs import plain_run
 
 from modeling.api import TrainedModel
-from modeling.settings import GROUPS, STAGES
+from modeling.settings.groups import GROUPS, STAGES
 
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),

@@ -27,7 +27,7 @@ from modeling.checkpoints.model_file import load_model, load_trained, save_model
 from modeling.config import load_config
 from modeling.data.sources import cifar10
 from modeling.reliability.errors import ConfigError, UserError
-from modeling.settings import Config
+from modeling.settings.groups import Config
 
 FAST = {"deadline": 5000, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 

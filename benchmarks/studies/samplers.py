@@ -26,7 +26,7 @@ from modeling.diffusion.samplers import SAMPLERS, SPACINGS, Predict, timestep_su
 from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas
 from modeling.inference.samples import SampleNoise
 from modeling.reliability.terminal import counted
-from modeling.settings import Config
+from modeling.settings.groups import Config
 from modeling.stages.sample import load_for
 
 SOLVERS = ("ddim", "dpm_solver", "unipc")  # DDPM draws noise on its way and has no such solution

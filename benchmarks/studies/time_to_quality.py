@@ -28,7 +28,7 @@ from modeling.inference.images import sample_grid, save_png
 from modeling.reliability.errors import Stopped
 from modeling.reliability.files import write_atomic
 from modeling.reliability.signals import stop_requests
-from modeling.settings import EvaluationConfig
+from modeling.settings.groups import EvaluationConfig
 from modeling.training.trainer import Reporter, Trainer
 
 COLUMNS = ("step", "images", "minutes", "loss", "held_out_loss", "bits_per_dim", "bits_per_dim_stderr", "machine")

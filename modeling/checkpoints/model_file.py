@@ -18,10 +18,10 @@ from modeling.build import build_model, build_network
 from modeling.checkpoints.checkpoint import Damaged, checkpoints, read_checkpoint
 from modeling.diffusion.model import DiffusionModel
 from modeling.interop.diffusers import load_diffusers
-from modeling.keys import affects
 from modeling.reliability.errors import ConfigError, UserError, out_of_memory, short
 from modeling.reliability.files import write_atomic
-from modeling.settings import MAX_TIMESTEPS, Config, parse_group
+from modeling.settings.groups import MAX_TIMESTEPS, Config, parse_group
+from modeling.settings.keys import affects
 
 FREE = ("dropout", "min_snr_gamma")  # keys that affect how weights are trained, and not which weights fit
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from modeling.checkpoints.checkpoint import checkpoints, step_of
 from modeling.checkpoints.fingerprint import code_hash, fingerprint
-from modeling.keys import affects
 from modeling.reliability.errors import ConfigError
 from modeling.reliability.files import cannot_write, drop_partial, locked, places, state_root, write_json
-from modeling.settings import Config
+from modeling.settings.groups import Config
+from modeling.settings.keys import affects
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from modeling.data import folder, pictures, published, reading, shapes, sources
 from modeling.data.pictures import GREY
 from modeling.data.splits import Arrays, Source
-from modeling.keys import affects, own_keys
 from modeling.reliability.errors import ConfigError, UserError, short
 from modeling.reliability.files import existing, locked, replacing_folder, state_root
 from modeling.reliability.signals import poll
 from modeling.reliability.terminal import counts
-from modeling.settings import Config, DataConfig
+from modeling.settings.groups import Config, DataConfig
+from modeling.settings.keys import affects, own_keys
 
 log = logging.getLogger(__name__)
 

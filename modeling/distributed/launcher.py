@@ -22,7 +22,7 @@ from pathlib import Path
 from modeling.distributed.job import settle
 from modeling.reliability.errors import ConnectionLost, Stopped, UserError, require
 from modeling.reliability.signals import JOB, STOP_FILE, resume_command, stop_requested
-from modeling.settings import Config
+from modeling.settings.groups import Config
 
 SHARED = ("train", "sample", "evaluate")  # the stages that all processes work on; the first one runs the others
 GRACE = 10.0  # seconds that the other workers have to end after a failure

@@ -11,9 +11,9 @@ from modeling.diffusion.samplers import SAMPLERS, timestep_subsequence
 from modeling.distributed.shares import sharded_batches
 from modeling.inference.device import Compute
 from modeling.inference.images import to_uint8
-from modeling.keys import own_keys
 from modeling.reliability.signals import poll
-from modeling.settings import SamplerConfig
+from modeling.settings.groups import SamplerConfig
+from modeling.settings.keys import own_keys
 
 SAMPLING = "sampling"  # the name of its progress
 

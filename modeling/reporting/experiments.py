@@ -16,7 +16,7 @@ from modeling.checkpoints.run_folder import Run, read_notes, run_of_weights, wri
 from modeling.reporting.curves import read_rows
 from modeling.reporting.wandb_mode import wanted_mode
 from modeling.reporting.wandb_run import Picture, WandbRun, about_experiment, experiment, on_server
-from modeling.settings import Config, SamplerConfig
+from modeling.settings.groups import Config, SamplerConfig
 
 
 class Told:

@@ -9,7 +9,7 @@ import torch
 
 from modeling.inference.device import now
 from modeling.reliability.terminal import Bar, duration
-from modeling.settings import TrainerConfig
+from modeling.settings.groups import TrainerConfig
 
 log = logging.getLogger(__name__)
 MEASURE_FOR = 5.0  # seconds of steps from which the whole time is estimated

@@ -3,7 +3,7 @@
 import os
 
 from modeling.reliability.errors import ConfigError
-from modeling.settings import WandbConfig
+from modeling.settings.groups import WandbConfig
 
 MODES = ("online", "offline", "disabled")
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from modeling.reliability.errors import short
 from modeling.reliability.files import state_root
 from modeling.reporting.wandb_mode import wanted_mode
-from modeling.settings import WandbConfig
+from modeling.settings.groups import WandbConfig
 
 log = logging.getLogger(__name__)
 MARK = "repeated-by-a-later-folder"  # a file in the offline folders of processes that log in `logging_again`

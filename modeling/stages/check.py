@@ -25,7 +25,6 @@ from modeling.checkpoints.run_folder import Run
 from modeling.data.prepared import Prepared, prepared_folder, write_prepared
 from modeling.evaluation import fid
 from modeling.inference.device import Compute, choose_compute, now
-from modeling.keys import affects
 from modeling.recipe import check_keys
 from modeling.reliability.errors import ConfigError, UserError, explain
 from modeling.reliability.files import sharers, state_root
@@ -34,7 +33,8 @@ from modeling.reliability.terminal import duration
 from modeling.reporting.progress import LONG
 from modeling.reporting.wandb_mode import wanted_mode
 from modeling.reporting.wandb_run import has_key
-from modeling.settings import Config
+from modeling.settings.groups import Config
+from modeling.settings.keys import affects
 from modeling.stages import validate
 from modeling.training.state import CheckpointFolder
 from modeling.training.trainer import Reporter, Trainer

@@ -24,7 +24,7 @@ from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import make_writable, state_root, write_json
 from modeling.reporting.experiments import log_evaluation
 from modeling.reporting.pictures import save_picture
-from modeling.settings import Config
+from modeling.settings.groups import Config
 from modeling.stages.sample import (
     as_recipe,
     caption,

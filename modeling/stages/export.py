@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from modeling.interop.diffusers import save_diffusers
-from modeling.settings import Config
+from modeling.settings.groups import Config
 from modeling.stages.sample import load_for
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from modeling.recipe import NO_RECIPE, command, composed, differences, flat
 from modeling.reliability.errors import UserError
 from modeling.reliability.files import state_root, write_atomic
 from modeling.reporting.curves import LOSSES
-from modeling.settings import Config
+from modeling.settings.groups import Config
 
 log = logging.getLogger(__name__)
 MOST_POINTS = 2000  # of a curve, in its plot and in the page's data

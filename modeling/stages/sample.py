@@ -26,7 +26,7 @@ from modeling.reliability.errors import UserError
 from modeling.reliability.files import existing, make_writable, replacing_folder, state_root
 from modeling.reliability.signals import poll
 from modeling.reporting.pictures import in_rows, save_picture
-from modeling.settings import Config, DataConfig, SamplerConfig, parse_group
+from modeling.settings.groups import Config, DataConfig, SamplerConfig, parse_group
 
 log = logging.getLogger(__name__)
 

@@ -23,14 +23,14 @@ from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first, world_size
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import to_uint8
-from modeling.keys import affects
 from modeling.reliability.errors import ConfigError, Stopped
 from modeling.reliability.files import make_writable, sharers, write_atomic
 from modeling.reliability.signals import poll
 from modeling.reporting.experiments import start_training_run
 from modeling.reporting.progress import Progress
 from modeling.reporting.reports import Reports
-from modeling.settings import Config
+from modeling.settings.groups import Config
+from modeling.settings.keys import affects
 from modeling.training.batches import BatchSource
 from modeling.training.state import CheckpointFolder
 from modeling.training.trainer import Reporter, Trainer, grid_sampler

@@ -13,11 +13,11 @@ from modeling.checkpoints.run_folder import start_checkpoint
 from modeling.data.prepared import Prepared, prepared_folder
 from modeling.data.sources import FORMS
 from modeling.inference.device import choose_compute
-from modeling.keys import affects, own_keys
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import existing, make_writable, write_atomic
 from modeling.reporting.wandb_mode import wanted_mode
-from modeling.settings import Config
+from modeling.settings.groups import Config
+from modeling.settings.keys import affects, own_keys
 
 
 def run(config: Config, out: Path) -> None:

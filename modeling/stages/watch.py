@@ -7,10 +7,10 @@ import hashlib
 from pathlib import Path
 
 from modeling.data.folder import listing
-from modeling.keys import own_keys
 from modeling.reliability.errors import require
 from modeling.reliability.files import existing, write_atomic
-from modeling.settings import Config
+from modeling.settings.groups import Config
+from modeling.settings.keys import own_keys
 
 
 def run(config: Config, out: Path) -> None:

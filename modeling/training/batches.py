@@ -14,7 +14,7 @@ from modeling.diffusion.model import DiffusionModel
 from modeling.inference.device import Compute, send, widest
 from modeling.inference.images import to_model
 from modeling.seeds import step_seed
-from modeling.settings import Config
+from modeling.settings.groups import Config
 
 
 def draw_timesteps(n: int, num_timesteps: int, stratified: bool, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ from modeling.checkpoints.checkpoint import checkpoints
 from modeling.distributed.collectives import from_first, is_first
 from modeling.reliability.errors import UserError
 from modeling.reliability.files import replacing
-from modeling.settings import Config
+from modeling.settings.groups import Config
 from modeling.training.batches import InputSource
 from modeling.training.optimizer import learning_rate
 from modeling.training.state import CheckpointFolder

@@ -8,8 +8,8 @@ import torch
 import torch._dynamo  # every optimizer of PyTorch imports it, which takes a second: here, once for all workers
 from torch import Tensor
 
-from modeling.keys import own_keys
-from modeling.settings import OptimizerConfig
+from modeling.settings.groups import OptimizerConfig
+from modeling.settings.keys import own_keys
 from modeling.training.muon import Muon
 
 # By the name in the configuration; an optimizer's own keys are its keywords.

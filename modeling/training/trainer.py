@@ -29,7 +29,7 @@ from modeling.inference.samples import draw_samples
 from modeling.reliability.errors import Stopped
 from modeling.reliability.signals import stop_requested
 from modeling.seeds import step_seed
-from modeling.settings import Config, SamplerConfig, TrainerConfig
+from modeling.settings.groups import Config, SamplerConfig, TrainerConfig
 from modeling.training.batches import InputSource, StepInputs
 from modeling.training.divergence import Divergence
 from modeling.training.ema import EMA

@@ -11,8 +11,8 @@ from PIL import Image
 
 from modeling.data.prepared import Prepared, ensure_prepared, prepare, prepared_folder, write_prepared
 from modeling.data.shapes import CLASSES, SHAPES, draw_shapes
-from modeling.keys import affects
 from modeling.reliability.errors import ConfigError, UserError
+from modeling.settings.keys import affects
 
 DATA = group("data", "shapes", num_train=20, num_test=10, image_size=8)
 

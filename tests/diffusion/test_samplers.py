@@ -15,7 +15,7 @@ from benchmarks.mixture import Mixture
 from modeling.diffusion.model import PREDICTION_TYPES, VARIANCES, Prediction
 from modeling.diffusion.samplers import SAMPLERS, SPACINGS, timestep_subsequence
 from modeling.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas, sigmoid_betas
-from modeling.keys import own_keys
+from modeling.settings.keys import own_keys
 
 # With the options of the shipped conf/, and what else can be chosen.
 CHOICES = [(name, own_keys(group("sampler", name))) for name in SAMPLERS] + [("ddim", {"eta": e}) for e in (0.5, 1.0)]

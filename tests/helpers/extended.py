@@ -17,7 +17,7 @@ from modeling.diffusion.model import Prediction
 from modeling.diffusion.samplers import euler_sample, timestep_subsequence
 from modeling.diffusion.schedule import NoiseSchedule, linear_betas, log_snr_betas
 from modeling.interop.diffusers import load_diffusers
-from modeling.settings import parse_group
+from modeling.settings.groups import parse_group
 
 
 def main(*arguments):

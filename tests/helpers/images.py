@@ -9,7 +9,7 @@ from PIL import Image
 
 from helpers.configs import group
 from modeling.data.folder import folder
-from modeling.keys import own_keys
+from modeling.settings.keys import own_keys
 
 
 def png(width, height, colour_type, bits, rows):

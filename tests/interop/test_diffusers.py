@@ -17,7 +17,7 @@ from modeling.checkpoints.model_file import load_trained
 from modeling.diffusion.schedule import SCHEDULES
 from modeling.interop.diffusers import load_diffusers, save_diffusers
 from modeling.reliability.errors import ConfigError, UserError
-from modeling.settings import GROUPS, DiffusionConfig, parse_group
+from modeling.settings.groups import GROUPS, DiffusionConfig, parse_group
 
 SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_resolutions": [8], "norm_groups": 4}
 MODEL = group("model", "tiny", **SMALL)

@@ -167,7 +167,7 @@ TAKEN = """
 
 from modeling.reporting import wandb_run
 from modeling.reporting.wandb_run import Picture, WandbRun, about_experiment, experiment
-from modeling.settings import WandbConfig
+from modeling.settings.groups import WandbConfig
 
 run = WandbRun(WandbConfig(mode="offline", project="p", entity=None, timeout=2.0), {}, "taken")
 run.log({"x": 1.0}, 1)

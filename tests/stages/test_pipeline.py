@@ -27,7 +27,7 @@ from examples import from_python
 from modeling.checkpoints.fingerprint import PACKAGE, imported_files
 from modeling.inference.images import cut_grid
 from modeling.inference.samples import SampleNoise
-from modeling.keys import affects
+from modeling.settings.keys import affects
 from modeling.stages import train
 
 

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 from modeling.data.prepared import write_prepared
 from modeling.data.sources import SOURCES
-from modeling.keys import affects
 from modeling.recipe import check_params
 from modeling.reliability.errors import ConfigError, UserError
+from modeling.settings.keys import affects
 from modeling.stages import validate
 
 

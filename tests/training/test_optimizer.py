@@ -9,7 +9,7 @@ from helpers.configs import group
 from helpers.training import adam
 from torch import nn
 
-from modeling.keys import own_keys
+from modeling.settings.keys import own_keys
 from modeling.training.muon import LARGE, orthogonal
 from modeling.training.optimizer import OPTIMIZERS, build_optimizer, learning_rate
 

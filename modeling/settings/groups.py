@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from modeling.keys import Group, at_least, fraction, not_negative, one_of, positive, setting
+from modeling.settings.keys import Group, at_least, fraction, not_negative, one_of, positive, setting
 
 MAX_TIMESTEPS = 1_000_000  # T: more would not fit into the memory of a small machine
 BETA_MIN = 1e-8  # below it, the first step would add no noise that a float could tell from none
@@ -21,10 +21,6 @@ STAGES = ("all", "check", "validate", "watch", "prepare", "train", "sample", "ev
 def _is_colour(value: Any) -> bool:
     numbers = isinstance(value, list) and len(value) == 3
     return value in COLOURS or (numbers and all(type(v) is int and 0 <= v <= 255 for v in value))
-
-
-def _typed(values: Iterable[int]) -> str:
-    return f"[{','.join(map(str, values))}]"
 
 
 @dataclass(kw_only=True)
@@ -74,36 +70,6 @@ class ModelConfig(Group):
     scale_shift: bool = setting(before=False)
     class_conditional: bool
     weights: str | None = setting(affects="nothing")
-
-    def misfit(self, height: int, width: int) -> str | None:
-        """Why the network cannot take images of this size, with a setting that works; None if it can."""
-        count, patch = len(self.channel_mult), self.patch_size
-        factor = patch * 2 ** (count - 1)
-        levels = next(n for n in range(count, -1, -1) if height % (patch * 2 ** (n - 1) if n else 1) == 0)
-        sizes = [height // patch >> level for level in range(levels)]
-        if height != width or levels == 0 or levels == 1 < count:
-            fitting = [size for size in range(factor, 257, factor) if self._attends(size)]
-            resized = f"data.image_size={min(fitting, key=lambda size: abs(size - min(height, width)), default=factor)}"
-            if height != width:
-                return f"data={width} x {height} pixels: the images must be square; {resized} cuts squares out"
-            works = f"{resized} resizes them"
-        else:
-            nearest = [min(sizes, key=lambda size: abs(size - wanted)) for wanted in self.attention_resolutions]
-            cut = f"model.channel_mult={_typed(self.channel_mult[:levels])} " if levels < count else ""
-            works = f"{cut}model.attention_resolutions={_typed(dict.fromkeys(nearest))} fits {height} x {width}"
-        if levels < count:
-            patches = f" of patches of {patch}" if patch > 1 else ""
-            why = f"images of {height} pixels must be divisible by {factor}, for {count} resolutions{patches}"
-            return f"model.channel_mult={self.channel_mult}: {why}; {works}"
-        for size in self.attention_resolutions:
-            if size not in sizes:
-                why = f"images of {height} pixels have the resolutions {sizes}"
-                return f"model.attention_resolutions={size}: {why}; {works}"
-        return None
-
-    def _attends(self, height: int) -> bool:
-        levels = range(len(self.channel_mult))
-        return {*self.attention_resolutions} <= {height // self.patch_size >> level for level in levels}
 
     def fits(self, config: "Config") -> Iterable[tuple[bool, str, str]]:
         divides = self.model_channels % self.norm_groups == 0

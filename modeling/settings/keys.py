@@ -1,4 +1,4 @@
-"""How settings.py declares a key of the configuration: its range, and what it affects. Imports no torch."""
+"""How a key of the configuration is declared: its range, and what it affects. Imports no torch."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, field, fields
