@@ -71,14 +71,16 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
     x = x.to(torch.bfloat16 if rows >= LARGE else torch.float32)  # small products take their time to begin
     unit = a * torch.eye(rows, dtype=x.dtype, device=x.device)
+
+    def factor(gram: Tensor) -> Tensor:
+        return unit + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+
     for together in WIDE if columns >= 3 * rows else [1] * sum(WIDE):
         gram = x @ x.mT
-        product = None
-        for k in range(together):
-            factor = unit + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            product = factor if product is None else factor @ product
-            if k + 1 < together:
-                gram = factor @ gram @ factor
-        assert product is not None
+        product = p = factor(gram)
+        for _ in range(together - 1):
+            gram = p @ gram @ p
+            p = factor(gram)
+            product = p @ product
         x = product @ x
     return x.mT if tall else x
