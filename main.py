@@ -20,7 +20,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from modeling.config import load_config, no_such_key
 from modeling.distributed import launcher
 from modeling.reliability.errors import ConfigError, Stopped, UserError, explain
 from modeling.reliability.signals import poll, resume_command, stop_requests
@@ -33,6 +32,8 @@ TYPED = tuple(sys.argv)
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def run(cfg: DictConfig) -> None:
     """Checks the configuration and runs its stage, or all of them in order."""
+    from modeling.config import load_config  # here, since it takes longer than all else that --help needs of ours
+
     settings = HydraConfig.get()
     shorten_log()
     named = [*settings.overrides.task]
@@ -96,6 +97,8 @@ def _end(error: Exception, stage: str = "", resume: str = "auto") -> NoReturn:
         begun = error.trained or stage in ("sample", "evaluate")
         line: str | None = f"{error}; to go on: {resume_command(TYPED, resume if begun else 'auto')}"
     elif isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError):
+        from modeling.config import no_such_key
+
         unknown = re.match("Could not override '(.+?)'", str(error))
         line = f"error: {no_such_key(unknown[1]) if unknown else _how_to_quote(error) or error}"
         code = ConfigError.exit_code

@@ -18,11 +18,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modeling.distributed.job import settle
 from modeling.reliability.errors import ConnectionLost, Stopped, UserError, require
 from modeling.reliability.signals import JOB, STOP_FILE, resume_command, stop_requested
-from modeling.settings.groups import Config
+
+if TYPE_CHECKING:  # main.py --help starts without it
+    from modeling.settings.groups import Config
 
 SHARED = ("train", "sample", "evaluate")  # the stages that all processes work on; the first one runs the others
 GRACE = 10.0  # seconds that the other workers have to end after a failure
@@ -43,7 +46,7 @@ def overrides() -> list[str]:
     return ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"] if _rank() > 0 else []
 
 
-def workers_to_start(config: Config, multirun: bool) -> int:
+def workers_to_start(config: "Config", multirun: bool) -> int:
     """Checks the number of processes; gives the number of workers to launch, 0 if this process does the work itself."""
     nproc, started = config.trainer.nproc, int(os.environ.get("WORLD_SIZE", "1"))
     agree = "WORLD_SIZE" not in os.environ or nproc in (1, started)
@@ -141,7 +144,7 @@ def _wait(workers: Sequence[int], codes: dict[int, int], stop: Path) -> None:
 
 
 @contextmanager
-def joined(config: Config, out: Path) -> Iterator[Path]:
+def joined(config: "Config", out: Path) -> Iterator[Path]:
     """Within the context, this process is one of its job's; gives the first one's output folder."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if _alone():
@@ -165,7 +168,7 @@ def _alone() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def _go_on(config: Config, restarted: bool) -> None:
+def _go_on(config: "Config", restarted: bool) -> None:
     if restarted and config.trainer.resume == "never":
         config.trainer.resume = "auto"  # or the work since the first start were lost
 
