@@ -59,20 +59,30 @@ def differences(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[s
 
 
 def closest(config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The recipe, with the choices of a flat configuration, closest to it: what to type, and what that composes to."""
+    """The recipe and choices with the fewest words to type for a flat configuration, and what they compose to."""
     recipes = [[], *([f"experiment={path.stem}"] for path in sorted((CONF / "experiment").glob("*.yaml")))]
-    found = [_with_choices(recipe, config) for recipe in recipes]
-    # A key too many cannot be taken away by an override.
-    return min(found, key=lambda each: (not each[1].keys() <= config.keys(), len(differences(config, each[1]))))
+    typed, *others = sorted((recipe + _choices(recipe, config) for recipe in recipes), key=len)
+    best = (*_words(typed, config), typed)
+    for typed in others:
+        if best[:2] > (False, len(typed)):  # else no shorter one follows, and to compose takes a tenth of a second
+            best = min(best, (*_words(typed, config), typed))
+    return best[2], composed(*best[2])
 
 
-def _with_choices(recipe: list[str], config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    base, typed = composed(*recipe), list(recipe)
+def _words(typed: list[str], config: Mapping[str, Any]) -> tuple[bool, int]:
+    """Whether choices bring a key too many, which no override takes away; how many words there are to type."""
+    base = composed(*typed)
+    return not base.keys() <= config.keys(), len(typed) + len(differences(config, base))
+
+
+def _choices(recipe: list[str], config: Mapping[str, Any]) -> list[str]:
+    """The choices of a configuration that are not those of a recipe."""
+    base, typed = composed(*recipe), []
     for group, schema in GROUPS.items():
         choice = config.get(key := f"{group}.{schema.key}")
         if choice != base.get(key) and (CONF / group / f"{choice}.yaml").exists():
             typed.append(f"{group}={choice}")
-    return typed, composed(*typed) if typed != recipe else base
+    return typed
 
 
 def command(config: Mapping[str, Any]) -> str:

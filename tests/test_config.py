@@ -1,13 +1,28 @@
 """The shipped configuration composes and is valid; whatever a user may get wrong is one line that names the key."""
 
 import pytest
-from helpers.configs import composed, group, load
+from helpers.configs import CONF, composed, group, load
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from modeling.build import check_image_size
 from modeling.config import load_config
 from modeling.reliability.errors import UserError
 from modeling.settings.groups import AdamWConfig, DDIMConfig, SGDConfig, parse_group
+
+
+@pytest.mark.parametrize("typed", ["model=small +x=1", "experiment=demo optimizer=sgd optimizer.lr=1", "~data", "a=b"])
+def test_the_tests_compose_as_hydra_does(typed):
+    def outcome(compose, *arguments):
+        try:
+            return compose(*arguments)
+        except HydraException as error:
+            return str(error)
+
+    found = outcome(composed, *typed.split())
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert found == outcome(compose, "config", typed.split())
 
 
 def test_defaults_are_the_papers():
