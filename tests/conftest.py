@@ -19,8 +19,8 @@ from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
 
 LONG = ("test_processes", "test_dvc_resume", "test_pipeline", "test_kill", "test_benchmarks", "test_faults")
 # They run, often, lines that other tests run: measuring would make them two to three times as slow for nothing.
-UNMEASURED = ("test_architecture", "test_benchmarks", "test_docs", "test_dvc_resume", "test_extending")
-UNMEASURED += ("test_fuzz", "test_kill", "test_peers")
+UNMEASURED = ("test_architecture", "test_benchmarks", "test_docs", "test_dvc_resume", "test_extending", "test_faults")
+UNMEASURED += ("test_fuzz", "test_kill", "test_peers", "test_terminal")
 
 # What compares with peers or runs a linter is left out, and said so, where requirements-dev.txt is not installed.
 DEV = find_spec("diffusers") is not None

@@ -200,6 +200,7 @@ def disturbed(root, victim, sent):
     return code, run
 
 
+@pytest.mark.no_cover
 def test_stops_and_deaths_lose_nothing(root, tmp_path):
     """Signals to a rank and to the launcher; afterwards, the files of a run that nothing happened to."""
     calm = shutil.copytree(root, tmp_path / "calm")
@@ -221,6 +222,7 @@ def test_stops_and_deaths_lose_nothing(root, tmp_path):
     assert curves(root / "out") == curves(calm / "out")
 
 
+@pytest.mark.no_cover
 def test_the_second_signal_ends_all_processes_at_once(root):
     """One of them hangs, so the other waits for it, and the first signal cannot be heeded."""
     run = long(root)
@@ -237,6 +239,7 @@ def test_the_second_signal_ends_all_processes_at_once(root):
     assert psutil.wait_procs(ranks[1:], timeout=5)[0] == ranks[1:]
 
 
+@pytest.mark.no_cover
 def test_another_number_of_processes_goes_on(root, one, record_deviation):
     """From two that know each other as srun's, to one."""
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "here"}
@@ -277,6 +280,7 @@ def test_bad_numbers_are_one_line(tmp_path, arguments):
     assert not (tmp_path / "root/runs").exists()
 
 
+@pytest.mark.no_cover
 def test_errors_of_one_rank_and_of_all_are_one_line(root):
     """A checkpoint that only the first process reads, and a loss that all of them see."""
     (root / "bad.pt").write_bytes(b"no checkpoint")
