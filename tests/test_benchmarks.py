@@ -7,6 +7,7 @@ import math
 import os
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,9 +23,11 @@ from benchmarks.studies import (
     loss_equality,
     reliability,
     samplers,
+    shapes,
     time_to_quality,
     two_trainings,
 )
+from modeling.data.shapes import CLASSES, draw_shapes
 from modeling.diffusion.samplers import SPACINGS
 from modeling.stages import prepare, train
 
@@ -237,6 +240,20 @@ def test_samplers_of_a_trained_model(tmp_path, monkeypatch, capsys):
     known = [row for row in found["rows"] if row["images"] != "one class only"]  # of fewer than four images here
     assert len(known) == 14 and all(row["wavelet_distance"] > 0 and row["stderr"] > 0 for row in known)
     assert capsys.readouterr().out.count("\n") == 17
+    found = shapes.main(arguments=["--samples=11", "--limit=0", f"--out={tmp_path / 'shapes'}", *out])["errors"]
+    assert [*found] == [*CLASSES, "all"] and all(row["above"] == 1 for row in found.values())
+
+
+def test_the_error_of_a_shape_is_what_was_changed():
+    images, labels = draw_shapes(10, 32, seed=3, split=0)
+    for image, label in zip(images, labels, strict=True):
+        assert shapes.nearest(image, CLASSES[label]) < 0.4  # that of rounding to levels is 0.29 at most
+    frame = images[CLASSES.index("frame")].astype(int)
+    noise = np.random.default_rng(0).choice([-8, 8], frame.shape)
+    assert shapes.nearest(frame + noise, "frame") == pytest.approx(8, rel=0.05)
+    frame[frame[:, :, 0].argmax() // 32] = frame[0, 0]  # a gap: the row of the brightest pixel has gone
+    assert shapes.nearest(frame, "frame") > 15 > 8 > shapes.nearest(images[0], "circle")
+    assert shapes.nearest(images[0], "square") > 15
 
 
 def test_two_trainings_at_once(monkeypatch):

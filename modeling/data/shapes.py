@@ -37,22 +37,29 @@ SHAPES: dict[str, tuple[tuple[float, float, float], Callable[[Array, Array], Arr
     "bars": ((0.60, 0.42, 0.25), lambda x, y: np.minimum(_box(x, y - 0.6, 1.0, 0.27), _box(x, y + 0.6, 1.0, 0.27))),
 }
 CLASSES = tuple(SHAPES)
+RADII = (0.22, 0.36)  # of the image's size
+
+
+def coverage(name: str, image_size: int, radius: float, centre_x: float, centre_y: float) -> Array:
+    """The share of each pixel that a shape covers, [image_size, image_size]; lengths in pixels."""
+    pixels = np.arange(image_size) + 0.5
+    x, y = np.meshgrid((pixels - centre_x) / radius, (pixels - centre_y) / radius)
+    distance = SHAPES[name][1](x, y) * radius
+    return np.clip(0.5 - distance, 0, 1)
 
 
 def draw_shapes(count: int, image_size: int, seed: int, split: int) -> Arrays:
     """`count` images, the classes in turn; `split` is 0 for training and 1 for testing: they share no random number."""
     images = np.empty((count, image_size, image_size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
-    pixels = np.arange(image_size) + 0.5
     for k in range(count):
         poll()
         rng = np.random.default_rng([seed, split, k])
-        radius = image_size * rng.uniform(0.22, 0.36)
-        centre_x, centre_y = rng.uniform(radius + 1, image_size - radius - 1, 2)
-        rgb, distance = SHAPES[CLASSES[labels[k]]]
-        x, y = np.meshgrid((pixels - centre_x) / radius, (pixels - centre_y) / radius)
-        coverage = np.clip(0.5 - distance(x, y) * radius, 0, 1)[..., None]
-        colour = np.array(rgb) * rng.uniform(0.85, 1.0)
+        radius = image_size * rng.uniform(*RADII)
+        centre = rng.uniform(radius + 1, image_size - radius - 1, 2)
+        name = CLASSES[labels[k]]
+        covered = coverage(name, image_size, radius, *centre)[..., None]
+        colour = np.array(SHAPES[name][0]) * rng.uniform(0.85, 1.0)
         background = rng.uniform(0.05, 0.15)
-        images[k] = np.round(255 * (coverage * colour + (1 - coverage) * background))
+        images[k] = np.round(255 * (covered * colour + (1 - covered) * background))
     return images, labels
