@@ -2,9 +2,9 @@
 
 Every command is parsed by its own program, and its overrides composed and validated, also of what needs a GPU, a
 network or hours. They are listed by `pytest tests/test_docs.py -rP`. Those of main.py run, with the tiny recipe, and
-main.py with what those of `dvc exp run` set. test_pipeline.py runs the pipeline under DVC, its queue and its tables,
-and the Python blocks; test_extending.py the commands of extending.md, which need its patches; test_benchmarks.py the
-benchmarks, and tests/commands the tables.
+main.py with what those of `dvc exp run` set. test_pipeline.py runs the pipeline under DVC, its tables, `dvc repro`,
+`dvc pull`, and the Python blocks; test_dvc_resume.py the queue; test_extending.py the commands of extending.md, which
+need its patches; test_benchmarks.py the benchmarks, and tests/commands the tables.
 """
 
 import argparse

@@ -54,7 +54,7 @@ def test_one_training_goes_on_from_one_way_of_running_to_the_next(tmp_path):
     third = interrupt(["dvc", "exp", "run", "--temp", *sets, "train"], signal.SIGTERM)
     assert "going on after step" in third and "exited with 75" in third and "the same dvc command" in third
     dvc("exp", "run", "--queue", "-n", "last", *sets, "train")
-    dvc("queue", "start")
+    dvc("queue", "start", "-j2")
     end = time.monotonic() + 300
     while "Success" not in (status := dvc("queue", "status")):
         assert "Failed" not in status and time.monotonic() < end, dvc("queue", "logs", "last")

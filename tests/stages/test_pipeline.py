@@ -353,7 +353,15 @@ def test_dvc_passes_set_params_to_training_and_repeats_nothing(tmp_path):
     assert hashes(repository / "models") | hashes(repository / "reports") == made  # DVC has removed nothing
     edited("training/ema.py")
     assert experiment("wandb.mode=disabled") == {"train"}  # no more than that, since the weights are the same
-    assert "up to date" in dvc(["dvc", "status"]).stdout
+    assert "up to date" in dvc(["dvc", "repro"]).stdout
+    model = repository / "models/model.safetensors"
+    dvc(["dvc", "remote", "add", "--local", "--default", "shelf", str(tmp_path / "shelf")])
+    dvc(["dvc", "push", str(model)])
+    made = model.read_bytes()
+    model.unlink()
+    shutil.rmtree(repository / ".dvc/cache")
+    dvc(["dvc", "pull", str(model)])
+    assert model.read_bytes() == made
 
 
 def test_code_outside_git_has_no_commit(tmp_path, monkeypatch):
