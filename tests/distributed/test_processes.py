@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ import main as command_line
 from modeling.distributed import collectives, launcher
 from modeling.reliability import signals
 from modeling.reliability.errors import ConfigError, UserError
+from modeling.reliability.files import write_atomic
 
 COMMON = [
     *TINY,
@@ -406,10 +408,19 @@ def launched(work, count=2):
     return code
 
 
-def test_one_line_and_the_exit_code_are_the_culprits(capsys):
+def test_one_line_and_the_exit_code_are_the_culprits(capsys, tmp_path):
+    """Of workers that end one after the other: each waits until the launcher has noticed the end of the one before."""
+    folders = map(str, itertools.count())
+
     def outcome(*codes, lines=True):
+        pids = tmp_path / next(folders)
+        pids.mkdir()
+
         def end(rank):
-            time.sleep(0.2 * rank)
+            write_atomic(pids / str(rank), str(os.getpid()).encode())
+            before = pids / str(rank - 1)
+            while rank and not (before.exists() and not psutil.pid_exists(int(before.read_text()))):
+                time.sleep(0.01)
             if lines:
                 launcher.print_last(f"line {rank}", codes[rank])
             return codes[rank]
