@@ -1,5 +1,6 @@
 """The environment of all tests, and their common fixtures."""
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,11 @@ LONG = ("test_processes", "test_dvc_resume", "test_pipeline", "test_kill", "test
 # They run, often, lines that other tests run: measuring would make them two to three times as slow for nothing.
 UNMEASURED = ("test_architecture", "test_benchmarks", "test_docs", "test_dvc_resume", "test_extending", "test_faults")
 UNMEASURED += ("test_fuzz", "test_kill", "test_peers", "test_terminal")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # which measures from here on, and so would make these imports slow
+    for name in ("torch._dynamo", "hypothesis", "wandb", "matplotlib.pyplot", "scipy.stats", "diffusers"):
+        if find_spec(name):
+            importlib.import_module(name)
 
 # What compares with peers or runs a linter is left out, and said so, where requirements-dev.txt is not installed.
 DEV = find_spec("diffusers") is not None

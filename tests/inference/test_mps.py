@@ -85,6 +85,7 @@ def test_the_device_of_these_tests_refuses_float64(mps):
     assert now(mps.device) > 0
 
 
+@pytest.mark.no_cover
 def test_training_is_that_of_a_cpu_and_resumes_its_state(mps, tmp_path):
     other = make(tmp_path / "cpu", Recorder(), steps=8)
     trainer = make(tmp_path / "mps", Recorder(), compute=mps, steps=8)
