@@ -150,7 +150,7 @@ def test_params_that_conf_does_not_compose_to(monkeypatch, caplog):
         check_params(params(*typed) | {"stage": "validate", "out_dir": "."})
     assert not caplog.text
     check_params(params("experiment=demo", "optimizer.lr=0.5"))
-    assert "conf/ composes to: optimizer.lr=0.5 (conf/ has 0.003); dvc exp run composes it anew" in caplog.text
+    assert "conf/ composes to: optimizer.lr=0.5 (conf/ has 0.008); dvc exp run composes it anew" in caplog.text
     changed = params("experiment=demo")
     del changed["optimizer"]["eps"]
     with pytest.raises(ConfigError, match=r"differ in the key optimizer.eps \(1 in all\): dvc exp run composes"):
