@@ -5,12 +5,12 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python puts the folder of a script there alone
+
+from modeling.recipe import CONF, composed
+from modeling.settings.groups import GROUPS, TopConfig
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from modeling.recipe import CONF, composed  # noqa: E402
-from modeling.settings.groups import GROUPS, TopConfig  # noqa: E402
-
 KINDS = {bool: "true, false", bool | None: "true, false, null"}
 HEAD = """# Configuration
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,6 +255,19 @@ def test_the_error_of_a_shape_is_what_was_changed():
     frame[frame[:, :, 0].argmax() // 32] = frame[0, 0]  # a gap: the row of the brightest pixel has gone
     assert shapes.nearest(frame, "frame") > 15 > 8 > shapes.nearest(images[0], "circle")
     assert shapes.nearest(images[0], "square") > 15
+    dot = np.zeros((32, 32, 3), np.uint8)
+    dot[0, 0] = 255
+    assert shapes.nearest(dot, "circle") < dot.std()  # it may lie outside the image, where it would cover nothing
+    assert shapes.left_over(dot.reshape(-1, 3) + 0.0, np.zeros((1, 32 * 32))) == pytest.approx(dot.std())
+
+
+def test_only_a_model_of_shapes_and_classes_is_compared_with_shapes(monkeypatch, capsys):
+    for classes, labels in ((0, CLASSES), (10, "abcdefghij")):
+        loaded = SimpleNamespace(num_classes=classes), {"classes": [*labels]}, None
+        monkeypatch.setattr(shapes, "load_for", lambda *_, loaded=loaded: loaded)
+        with pytest.raises(SystemExit):
+            shapes.main(arguments=["--samples=10"])
+        assert capsys.readouterr().err.startswith("error: the model has not learned the classes")
 
 
 def test_two_trainings_at_once(monkeypatch):

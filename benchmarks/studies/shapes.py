@@ -1,4 +1,4 @@
-"""How near samples are to whole shapes: `python -m benchmarks.studies.shapes out_dir=. data=shapes`
+"""How near samples are to whole shapes: `python -m benchmarks.studies.shapes out_dir=.`
 
 For each sample of the model of out_dir, drawn as its recipe draws, the nearest shape of its class: place, size, colour
 and background by least squares. What is left is its error: root mean square over the image, in levels of 255. The
@@ -31,7 +31,8 @@ def left_over(pixels: Array, covered: Array) -> Array:
     """Root mean squares, [M], of pixels [P, C] less the best mixture of two colours by each coverage [M, P]."""
     pixels = pixels - pixels.mean(0)
     covered = covered - covered.mean(1, keepdims=True)
-    explained = (covered @ pixels) ** 2 / (covered**2).sum(1, keepdims=True)
+    variance = np.maximum((covered**2).sum(1, keepdims=True), 1e-9)  # a shape outside the image explains nothing
+    explained = (covered @ pixels) ** 2 / variance
     return np.sqrt(np.maximum((pixels**2).sum() - explained.sum(1), 0) / pixels.size)
 
 
@@ -60,8 +61,8 @@ def measure(overrides: list[str], samples: int, limit: float) -> dict[str, Any]:
     config = configure(*overrides)
     compute = compute_of(config)
     model, meta, _ = load_for(config, Path(config.out_dir or "."))
-    if tuple(meta["classes"]) != CLASSES:
-        raise UserError("the model has not learned the classes of data=shapes")
+    if not model.num_classes or tuple(meta["classes"]) != CLASSES:
+        raise UserError("the model has not learned the classes of data=shapes: it must be of experiment=demo, or such")
     sampler = as_recipe(config, meta).sampler
     images = draw_samples(compute.place_model(model), sampler, range(samples), meta["image_shape"], compute)
     found: dict[str, list[float]] = {name: [] for name in CLASSES}
