@@ -171,6 +171,7 @@ def test_pictures_that_are_too_large_become_smaller(published):
     [
         ([], ""),
         (["experiment=demo", "trainer.steps=7"], "-S experiment=demo -S trainer.steps=7"),
+        (["experiment=cifar10_cpu_night"], "-S experiment=cifar10_cpu_night"),
         (["optimizer=sgd", "optimizer.momentum=0.5"], "-S optimizer=sgd -S optimizer.momentum=0.5"),
         (["sampler.label=cat", "trainer.compile=true"], "-S trainer.compile=true -S sampler.label=cat"),
         (["optimizer.betas=[0.5,0.9]", "optimizer.lr=1e-05", "trainer.micro_batch_size=null"], None),
@@ -188,6 +189,24 @@ def test_the_command_composes_to_the_values(typed, expected):
     assert words[:3] == ["dvc", "exp", "run"] and {*words[3::2]} <= {"-S"}
     assert composed(*words[4::2]) == values
     assert expected is None or line == f"dvc exp run {expected}".rstrip()
+
+
+def test_the_command_is_the_shortest_and_brings_no_key_too_many():
+    """Choices are words too: here five of them lead nearer than the recipe, which is shorter by its name."""
+    recipe = composed("experiment=demo")
+    choices = ["data=shapes", "model=tiny", "diffusion=cosine", "optimizer=muon", "sampler=unipc"]
+    plain = composed(*choices)
+    keys = sorted(differences(recipe, plain))
+    back = keys[: len(keys) // 2 + 1]  # this many words behind the recipe, and fewer behind the choices
+    assert len(keys) - len(back) < len(back) and 1 + len(back) < len(choices) + len(keys) - len(back)
+    words = shlex.split(command(recipe | {key: plain[key] for key in back}))[4::2]
+    assert words[0] == "experiment=demo" and len(words) == 1 + len(back)
+    # A schedule that conf/ no longer has cannot be chosen: the recipe must be one without the keys of another.
+    own = composed() | {"diffusion.schedule": "mine"}
+    del own["diffusion.beta_start"], own["diffusion.beta_end"]
+    words = shlex.split(command(own))[4::2]
+    words.remove("diffusion.schedule=mine")
+    assert composed(*words).keys() <= own.keys()
 
 
 def test_an_older_configuration_has_a_command_too():
