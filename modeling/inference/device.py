@@ -41,6 +41,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bf16. A CPU without emulates it, up to fifty times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: Any = torch.cpu.get_capabilities() if device.type == "cpu" else {}  # on MPS it was never tried
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 @dataclass(frozen=True)
 class Compute:
     """A device, and whether its networks run under bf16 autocast."""
@@ -122,23 +130,21 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
         torch.use_deterministic_algorithms(deterministic)
     settings: Any = torch.utils.deterministic
     settings.fill_uninitialized_memory = False  # else it fills new tensors, which takes time
+    has_bf16 = computes_in_bf16(chosen)
+    if precision == "bf16" and not has_bf16:
+        if chosen.type == "cuda":
+            raise ConfigError("precision=bf16: this CUDA device has none; allowed are auto, fp32")
+        if chosen.type == "mps":
+            raise ConfigError("precision=bf16: not with device=mps; allowed are auto, fp32")
+        log.warning("precision=bf16: this CPU has none and emulates it, up to fifty times slower than precision=fp32")
     if chosen.type == "cuda":
         # PyTorch prefers it on Hopper for heads as wide as the paper's, 256, where gradients of NaN have been reported.
         torch.backends.cuda.enable_cudnn_sdp(False)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
         torch.backends.cudnn.benchmark = not deterministic
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if precision == "bf16" and not has_bf16:
-            raise ConfigError("precision=bf16: this CUDA device has none; allowed are auto, fp32")
-    elif chosen.type == "mps":
-        if precision == "bf16":
-            raise ConfigError("precision=bf16: not with device=mps; allowed are auto, fp32")
-        has_bf16 = False
-    else:
-        capabilities: Any = torch.cpu.get_capabilities()
+    elif chosen.type == "cpu":
         _keep_freed_memory()
-        has_bf16 = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return Compute(chosen, precision == "bf16" or (precision == "auto" and has_bf16))
 
 

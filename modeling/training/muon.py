@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling.inference.device import computes_in_bf16
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration, five times: as Jordan et al. have tuned them
 WIDE = (2, 3)  # the five, as they are multiplied for a matrix with at least three times as many columns as rows
-LARGE = 128  # rows from which on bf16 is faster than float32, on a CPU that has it
+LARGE = 128  # rows from which on bf16, where the hardware has it, is faster than float32
 ADAMS_LENGTH = 0.2  # the usual root mean square of an update of Adam, in learning rates
 
 
@@ -69,7 +71,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x: Tensor = matrices.mT if tall else matrices
     rows, columns = x.shape[1:]
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    x = x.to(torch.bfloat16 if rows >= LARGE else torch.float32)  # small products take their time to begin
+    # Small products take their time to begin.
+    x = x.to(torch.bfloat16 if rows >= LARGE and computes_in_bf16(x.device) else torch.float32)
     unit = a * torch.eye(rows, dtype=x.dtype, device=x.device)
 
     def factor(gram: Tensor) -> Tensor:

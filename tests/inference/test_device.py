@@ -72,12 +72,14 @@ def test_threads_are_set_and_counted_in_words(monkeypatch):
         assert CPU.describe() == words
 
 
-def test_precision_follows_the_device(monkeypatch):
+def test_precision_follows_the_device(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for capabilities, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert choose_compute("auto", "auto").bf16 is expected
-        assert not choose_compute("cpu", "fp32").bf16 and choose_compute("cpu", "bf16").bf16
+        caplog.clear()
+        assert not choose_compute("cpu", "fp32").bf16 and not caplog.text
+        assert choose_compute("cpu", "bf16").bf16 and ("this CPU has none" in caplog.text) is not expected
     with pytest.raises(ConfigError, match="device=cuda"):
         choose_compute("cuda", "auto")
     assert "float32" in CPU.describe() and "bf16" in Compute(torch.device("cpu"), True).describe()
