@@ -14,6 +14,7 @@ from modeling.settings.groups import TrainerConfig
 log = logging.getLogger(__name__)
 MEASURE_FOR = 5.0  # seconds of steps from which the whole time is estimated
 LONG = 24 * 3600.0  # seconds of CPU training above which shorter recipes are recommended
+SHORTER = "experiment=cifar10_cpu takes an hour or two, experiment=demo minutes"
 
 
 class Progress:
@@ -59,7 +60,7 @@ class Progress:
             "%.1f images/s: %s for %d steps", self.trainer.batch_size / per_step, duration(per_step * steps), steps
         )
         if per_step * steps > LONG and self.device.type == "cpu":
-            log.info("that is long for a CPU: experiment=cifar10_cpu takes less than an hour, experiment=demo minutes")
+            log.info("that is long for a CPU: %s", SHORTER)
         return True
 
     def logged(self, step: int, row: Mapping[str, float]) -> None:

@@ -30,7 +30,7 @@ from modeling.reliability.errors import ConfigError, UserError, explain
 from modeling.reliability.files import sharers, state_root
 from modeling.reliability.signals import poll
 from modeling.reliability.terminal import duration
-from modeling.reporting.progress import LONG
+from modeling.reporting.progress import LONG, SHORTER
 from modeling.reporting.wandb_mode import wanted_mode
 from modeling.reporting.wandb_run import has_key
 from modeling.settings.groups import Config
@@ -123,7 +123,7 @@ def _speed_and_memory(config: Config, compute: Compute, prepared: Prepared | Non
     if done:
         text += f" after the {done:,} that are done"
     if seconds > LONG and compute.device.type == "cpu":
-        yield Finding(NOTE, f"{text}; experiment=cifar10_cpu takes less than an hour, experiment=demo minutes")
+        yield Finding(NOTE, f"{text}; {SHORTER}")
     else:
         yield Finding(OK, f"{text}; evaluation and sampling come on top")
     size = sum(p.numel() for p in model.parameters()) * 4 * (3 * STATE_COPIES + 1)  # two checkpoints and one in writing
