@@ -1,6 +1,5 @@
 """What was measured on: the hardware and the versions."""
 
-import os
 import platform
 import re
 from importlib.metadata import distributions
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 
+from modeling.reliability.container import cores
+
 PACKAGES = ("torch", "torchvision", "diffusers", "denoising-diffusion-pytorch", "hydra-core", "dvc", "wandb")
 
 
@@ -16,12 +17,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     """The machine, as a record of results needs it."""
     info = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {found.name.replace("_", "-"): found.version for found in distributions()}
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     found = {
         "cpu": match.group(1).strip() if match else platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": cores(),
         "cpu_features": [f for f in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(f)],
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -21,6 +21,7 @@ from torch import Tensor
 from modeling.data import folder, pictures, published, reading, shapes, sources
 from modeling.data.pictures import GREY
 from modeling.data.splits import Arrays, Source
+from modeling.reliability.container import cores
 from modeling.reliability.errors import ConfigError, UserError, short
 from modeling.reliability.files import existing, locked, replacing_folder, state_root
 from modeling.reliability.signals import poll
@@ -143,7 +144,7 @@ def prepare(config: Config, data: DataConfig, again: bool) -> Prepared:
     with locked(target.with_name(f".{target.name}.lock"), wait=True):
         if again or not (target / "data.json").exists():
             source = sources.SOURCES[data.name](**own_keys(data))
-            threads = config.threads or torch.get_num_threads()
+            threads = config.threads or min(torch.get_num_threads(), cores())
             prepared = write_prepared(target, source, affects(data, "weights"), threads)
             _tell(prepared)
             return prepared

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modeling.distributed.job import settle
+from modeling.reliability.container import cores
 from modeling.reliability.errors import ConnectionLost, Stopped, UserError, require
 from modeling.reliability.signals import JOB, STOP_FILE, resume_command, stop_requested
 
@@ -64,9 +65,7 @@ def share_cores(count: int) -> None:
 
     Before PyTorch is imported, which reads the variable then, and under OMP_PROC_BIND ties this process to one core.
     """
-    # This job may use fewer than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
 
 
 def launch(count: int, command: Sequence[str], resume: str) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from modeling.reliability.container import cores
 from modeling.reliability.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def now(device: torch.device) -> float:
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies in bf16. A CPU without emulates it, up to fifty times slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: Any = torch.cpu.get_capabilities() if device.type == "cpu" else {}  # on MPS it was never tried
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -115,9 +116,12 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
     MPS, which computes in float32 here, is never chosen by itself.
 
     `deterministic`: for the rest of this process, the same bits each time on CUDA too, which is slower; if not, cuDNN
-    searches for its fastest kernels. A CPU gives the same bits in any case. `threads`: of a CPU; None: PyTorch chooses.
+    searches for its fastest kernels. A CPU gives the same bits in any case. `threads`: of a CPU; None: one for each
+    core that may be used.
     """
-    if threads is not None:
+    if threads is None:
+        threads = _default_threads()
+    if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
@@ -146,6 +150,12 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
     elif chosen.type == "cpu":
         _keep_freed_memory()
     return Compute(chosen, precision == "bf16" or (precision == "auto" and has_bf16))
+
+
+def _default_threads() -> int:
+    """As many as PyTorch chooses; unless the user has said how many, no more than the cores that may be used."""
+    chosen = torch.get_num_threads()
+    return chosen if "OMP_NUM_THREADS" in os.environ else min(chosen, cores())
 
 
 def _keep_freed_memory() -> None:

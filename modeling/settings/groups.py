@@ -247,7 +247,7 @@ class TopConfig(Group):
     device: str = one_of("auto", "cpu", "cuda", "mps")
     precision: str = one_of("auto", "bf16", "fp32")
     deterministic: bool
-    threads: int | None = at_least(1, "for what PyTorch chooses", "nothing")
+    threads: int | None = at_least(1, "for one for each core that may be used", "nothing")
 
 
 @dataclass(kw_only=True)

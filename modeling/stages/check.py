@@ -26,6 +26,7 @@ from modeling.data.prepared import Prepared, prepared_folder, write_prepared
 from modeling.evaluation import fid
 from modeling.inference.device import Compute, choose_compute, now
 from modeling.recipe import check_keys
+from modeling.reliability.container import memory_left
 from modeling.reliability.errors import ConfigError, UserError, explain
 from modeling.reliability.files import sharers, state_root
 from modeling.reliability.signals import poll
@@ -155,7 +156,8 @@ def _seconds_per_step(trainer: Trainer) -> float:
 def _free_memory(compute: Compute) -> int:
     if compute.device.type == "cuda":
         return torch.cuda.mem_get_info(compute.device)[0]
-    return int(psutil.virtual_memory().available) + int(psutil.Process().memory_info().rss)
+    available = min(psutil.virtual_memory().available, memory_left())
+    return int(available) + int(psutil.Process().memory_info().rss)
 
 
 def _used_memory(compute: Compute) -> int:

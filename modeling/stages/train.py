@@ -23,6 +23,7 @@ from modeling.diffusion.model import DiffusionModel
 from modeling.distributed.collectives import is_first, world_size
 from modeling.inference.device import Compute, choose_compute
 from modeling.inference.images import to_uint8
+from modeling.reliability.container import cores
 from modeling.reliability.errors import ConfigError, Stopped
 from modeling.reliability.files import make_writable, sharers, write_atomic
 from modeling.reliability.signals import poll
@@ -69,7 +70,7 @@ def run(config: Config, out: Path) -> None:
 def _mention_sharers(run: Run, compute: Compute) -> None:
     """Says which other trainings use the same cores, and what is faster for all of them."""
     others = sharers(run.folder.parent.glob("*/lock")) if compute.device.type == "cpu" else []
-    threads = max(1, (os.cpu_count() or 1) // (1 + len(others)))
+    threads = max(1, cores() // (1 + len(others)))
     if others and threads < torch.get_num_threads():
         log.warning(
             "%s on the same cores (process %s): threads=%d in each is faster",

@@ -62,11 +62,19 @@ def sampler(**changes):
 
 
 def test_threads_are_set_and_counted_in_words(monkeypatch):
+    """No more than a container's cores, unless the user has said how many there are."""
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(device, "cores", lambda: 2)
     choose_compute("cpu", "fp32")
     choose_compute("cpu", "fp32", threads=3)
-    assert asked == [3]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    choose_compute("cpu", "fp32")
+    monkeypatch.setattr(device, "cores", lambda: 16)
+    choose_compute("cpu", "fp32")
+    assert asked == [3, 2]
     for count, words in ((1, "CPU, 1 thread, float32"), (2, "CPU, 2 threads, float32")):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         assert CPU.describe() == words

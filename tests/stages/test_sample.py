@@ -66,7 +66,7 @@ def test_a_recipe_that_cannot_be_is_one_line(lie):
 
 
 def test_a_training_says_which_others_use_its_cores(monkeypatch, caplog):
-    monkeypatch.setattr(train.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(train, "cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     lines = []
     cases = [([], CPU), ([7], CPU), ([7, 8], CPU), ([7, 8], Compute(torch.device("cuda"), False))]
