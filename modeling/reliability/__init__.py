@@ -1,1 +1,1 @@
-"""Errors with one line for the user, atomic files and locks, stop requests, log lines, limits of containers. Knows nothing of the rest."""
+"""Errors of one line, atomic files and locks, stop requests, log lines, container limits. Knows nothing of the rest."""

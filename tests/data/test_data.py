@@ -9,6 +9,7 @@ import torch
 from helpers.configs import group
 from PIL import Image
 
+from modeling.data import prepared
 from modeling.data.prepared import Prepared, ensure_prepared, prepare, prepared_folder, write_prepared
 from modeling.data.shapes import CLASSES, SHAPES, draw_shapes
 from modeling.reliability.errors import ConfigError, UserError
@@ -103,6 +104,21 @@ def test_data_is_prepared_once_unless_it_is_to_be_made_again(root, caplog):
     assert not torch.equal(found.train.images[:10], found.test.images), "the splits differ"
     prepare(config, DATA, again=True)
     assert "data: shapes" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "cores", "expected"), [(3, 2, 3), (None, 2, 2), (None, 8, 4)])
+def test_data_is_read_with_as_many_threads_as_there_are_cores(tmp_path, monkeypatch, given, cores, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(prepared, "cores", lambda: cores)
+    asked = []
+
+    def parts(threads, notes):
+        asked.append(threads)
+        yield split(2)
+
+    monkeypatch.setitem(prepared.sources.SOURCES, "shapes", lambda **keys: (parts, split(2), ["a", "b"]))
+    prepare(SimpleNamespace(out_dir=str(tmp_path), threads=given), DATA, again=True)
+    assert asked == [expected]
 
 
 def test_an_out_dir_must_hold_the_data_that_is_configured(tmp_path):
