@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from modeling.inference.device import computes_in_bf16
 from modeling.reliability.container import cores
 
 PACKAGES = ("torch", "torchvision", "diffusers", "denoising-diffusion-pytorch", "hydra-core", "dvc", "wandb")
@@ -29,5 +30,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         "versions": {name: versions.get(name, "not installed") for name in PACKAGES},
     }
-    name = found["device"] if device.type == "cuda" else f"{found['cpu']} {cores} cores"
+    bf16 = "" if computes_in_bf16(device) else " float32"
+    name = found["device"] if device.type == "cuda" else f"{found['cpu']} {found['cores']} cores{bf16}"
     return found | {"name": re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")}

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -30,6 +31,8 @@ from benchmarks.studies import (
 )
 from modeling.data.shapes import CLASSES, draw_shapes
 from modeling.diffusion.samplers import SPACINGS
+from modeling.inference.device import computes_in_bf16
+from modeling.reliability.container import cores
 from modeling.stages import prepare, train
 
 CPU = torch.device("cpu")
@@ -90,6 +93,8 @@ def test_bench_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     (path,) = tmp_path.glob("*-tiny.json")
     results = json.loads(path.read_text())
     assert path.with_suffix(".png").exists()
+    bf16 = computes_in_bf16(torch.device("cpu"))
+    assert re.fullmatch(rf"[a-z0-9-]+-{cores()}-cores{'' if bf16 else '-float32'}-tiny", path.stem)
     assert set(results) == {"mode", "machine", *bench.SECTIONS}
     assert results["training"]["utilisation"]["median"] > 0
     recipes = results["training"]["recipes"]
