@@ -23,7 +23,7 @@ demo: repository .venv/.installed
 
 # DVC versions experiments in Git, so a folder from a zip file is not enough.
 repository:
-	@git rev-parse --is-inside-work-tree > /dev/null 2>&1 || { echo "no Git repository here: git init && git add -A && git commit -m start, then make demo again"; exit 1; }
+	@git rev-parse --is-inside-work-tree > /dev/null || { echo "DVC needs a Git repository; if there is none here: git init && git add -A && git commit -m start, then make demo again"; exit 1; }
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses=3 --maxschedchunk=1 --cov --cov-report=term-missing --cov-fail-under=99

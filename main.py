@@ -72,6 +72,7 @@ def _module(stage: str) -> ModuleType:
 def main() -> None:
     """Runs the command line; what a user can put right is one line, without a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines, and always exits with 1
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's shell names one that only its kernel has
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU: log_ndtr of bits/dim
     if sys.version_info >= (3, 14):  # it checks help texts that Hydra 1.3 makes when it prints them (hydra issue 3121)
         argparse.ArgumentParser._check_help = lambda parser, action: None

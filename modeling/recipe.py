@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,7 @@ from modeling.settings.groups import GROUPS
 log = logging.getLogger(__name__)
 CONF = Path(__file__).parents[1] / "conf"
 COMPOSE = "dvc exp run composes it anew"
+LOCK = threading.RLock()  # Hydra has one state for all threads
 NO_RECIPE = ("stage", "out_dir", "named")  # say what to run and where, not what comes out
 
 
@@ -43,11 +45,12 @@ def composed(*overrides: str) -> dict[str, Any]:
 @contextmanager
 def conf_dir() -> Iterator[None]:
     """Where Hydra's compose finds conf/."""
-    if GlobalHydra.instance().is_initialized():  # by main.py, whose search path has conf/
-        yield
-    else:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+    with LOCK:
+        if GlobalHydra.instance().is_initialized():  # by main.py, whose search path has conf/
             yield
+        else:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                yield
 
 
 def differences(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,6 +1,8 @@
 """The interface for notebooks; that its images are those of the command line: tests/stages/test_pipeline.py."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers.training import CPU, MODEL
 import modeling
 from modeling.api import TrainedModel
 from modeling.build import build_model
+from modeling.recipe import conf_dir
 from modeling.reliability.errors import UserError
 
 CLASSES = ["cat", "dog", "owl"]
@@ -73,3 +76,19 @@ def test_labels_and_names_that_there_are_not(model):
         modeling.load_model("nowhere")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = modeling.nothing
+
+
+def test_threads_compose_one_after_another(model):
+    """As those of a web page do: Hydra has one state for all of them."""
+    composing = threading.Event()
+
+    def sample():
+        with conf_dir():
+            composing.set()
+        return model.sample(1, sampler="ddim", steps=1)
+
+    with ThreadPoolExecutor(1) as pool:
+        with conf_dir():
+            other = pool.submit(sample)
+            assert not composing.wait(0.3)
+        assert torch.equal(other.result(), model.sample(1, sampler="ddim", steps=1))

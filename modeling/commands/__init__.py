@@ -1,5 +1,6 @@
 """Tools on the command line that are no stages: python -m modeling.commands.<name> --help."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ from modeling.reliability.errors import UserError
 
 def call(run: Callable[[Sequence[str]], None]) -> None:
     """Runs a tool with what was typed; an error for the user is one line and its exit code."""
+    os.environ["MPLBACKEND"] = "agg"  # as in main.py
     try:
         run(sys.argv[1:])
     except UserError as error:

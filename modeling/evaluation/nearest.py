@@ -11,7 +11,7 @@ from torch import Tensor
 from modeling.reliability.signals import poll
 from modeling.reliability.terminal import counted
 
-CHUNK = 4096  # training images at a time
+CHUNK = 4096 * 3 * 32 * 32  # values of training images at a time
 
 
 class Neighbours(NamedTuple):
@@ -29,9 +29,10 @@ def nearest_images(queries: Tensor, images: Tensor, k: int, mirror: bool) -> Nei
     flat = queries.flatten(1).double()  # exact: the sums of squares of bytes are whole numbers
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
     indices = torch.zeros((len(queries), k), dtype=torch.int64)
-    for start in counted("nearest training images", range(0, len(images), CHUNK), "parts"):
+    chunk = max(1, CHUNK // flat.shape[1])
+    for start in counted("nearest training images", range(0, len(images), chunk), "parts"):
         poll()
-        part = images[start : start + CHUNK]
+        part = images[start : start + chunk]
         distance = _squared_distance(flat, part)
         if mirror:
             distance = torch.minimum(distance, _squared_distance(flat, part.flip(3)))

@@ -43,11 +43,14 @@ def now(device: torch.device) -> float:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bf16. A CPU without emulates it, up to fifty times slower than float32."""
+    """Whether PyTorch multiplies in bf16 in hardware. A CPU without emulates it, up to fifty times slower than float32.
+
+    So does an ARM CPU in effect, whatever it has: the backward pass of convolutions is a plain loop there.
+    """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: Any = torch.cpu.get_capabilities() if device.type == "cpu" else {}  # on MPS it was never tried
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """Atomic files and folders: a reader finds the old content or the new, never a part. Also locks between processes."""
 
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 from modeling.reliability.errors import UserError, out_of_memory, require
 from modeling.reliability.signals import poll
 
+log = logging.getLogger(__name__)
+NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a disk answers that cannot do a thing
 STALE = 3600.0  # seconds without a change after which a partial file must stem from a killed process
 
 
@@ -50,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         _flush(partial)
         partial.replace(path)
-        _flush(path.parent)  # else the rename itself may be lost with the power
+        _flush(path.parent, NOT_HERE)  # else the rename itself may be lost with the power
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         if out_of_memory(error):
             raise
@@ -60,10 +64,14 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def _flush(path: Path) -> None:
+def _flush(path: Path, allowed: Sequence[int] = ()) -> None:
+    """Flushes a file or folder to the disk; errors of the `allowed` numbers are none."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in allowed:
+            raise
     finally:
         os.close(descriptor)
 
@@ -150,8 +158,15 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         raise cannot_write(path, error) from None
     with file:
         while True:
-            with suppress(BlockingIOError):
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno not in NOT_HERE:
+                    raise cannot_write(path, error) from None
+                log.warning("%s is on a disk without locks: do not run the same twice at a time", path.parent)
                 break
             if not wait:
                 working = f"{path.read_text(errors='replace').strip() or 'another process'} is working in {path.parent}"

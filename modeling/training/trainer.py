@@ -212,7 +212,7 @@ class Trainer:
         if last or step % c.log_every == 0:
             row |= self.state.means()
         if last or step % c.evaluate_every == 0:
-            losses, _ = held_out_losses(ema, self.test, EVALUATION_BATCH, self.compute)
+            losses, _ = held_out_losses(ema, self.test, c.micro_batch_size or EVALUATION_BATCH, self.compute)
             row["held_out_loss"] = losses.double().mean().item()
         images = None
         if last or step % c.sample_every == 0:

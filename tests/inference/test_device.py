@@ -82,7 +82,7 @@ def test_threads_are_set_and_counted_in_words(monkeypatch):
 
 def test_precision_follows_the_device(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for capabilities, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False)):
+    for capabilities, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False), ({"bf16": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert choose_compute("auto", "auto").bf16 is expected
         caplog.clear()

@@ -154,6 +154,48 @@ def test_a_lock_is_waited_for_or_refused(tmp_path):
         files.locked(tmp_path / "lock" / "lock", wait=True).__enter__()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_mentioned(number, tmp_path, monkeypatch, caplog):
+    """As Lustre's without flock, or NFS without its daemon."""
+
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.locked(tmp_path / "a/lock", wait=False):
+        assert "a is on a disk without locks" in caplog.text
+    assert files.sharers([tmp_path / "a/lock"]) == []
+
+
+def test_another_error_of_a_lock_is_one_line(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="lock cannot be written: Input/output error"):
+        files.locked(tmp_path / "lock", wait=True).__enter__()
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_flushes_no_folder_is_written_to(what, number, tmp_path, monkeypatch):
+    """Of a folder some shared disks know no flush; an error of the disk is one, and so is any of the file."""
+    fsync = os.fsync
+
+    def fails(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").is_dir() == (what == "folder"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    if (what, number) == ("folder", errno.EINVAL):
+        files.write_atomic(tmp_path / "x", b"new")
+        assert (tmp_path / "x").read_bytes() == b"new"
+    else:
+        with pytest.raises(UserError, match=f"x cannot be written: {os.strerror(number)}"):
+            files.write_atomic(tmp_path / "x", b"new")
+
+
 def test_processes_that_share_the_cores_are_those_that_hold_a_lock_now(tmp_path, monkeypatch):
     locks = [tmp_path / name / "lock" for name in "abcde"]
 
