@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from modeling.reliability.errors import ConnectionLost, UserError, require, short
-from modeling.reliability.signals import JOB
+from modeling.reliability.signals import JOB, TORCHRUN
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)  # for what one process does alone, such as a download; a dead process is noticed at once
@@ -82,7 +82,8 @@ def _place(store: Any, index: int, size: int) -> tuple[int, int]:
 def _take_device(local_rank: int, local_size: int) -> None:
     """Makes this process's CUDA device the current one; ConfigError if there are too few."""
     have = torch.cuda.device_count()
-    if have == 1 and JOB not in os.environ:  # srun --gpus-per-task shows each process its own one only
+    # srun --gpus-per-task shows each process its own one only; torchrun and the launcher show all to all.
+    if have == 1 and not {JOB, TORCHRUN} & {*os.environ}:
         local_rank, local_size = 0, 1
     allowed = f"this machine has {have} CUDA devices, one for each process; allowed are 1 to {have}, or device=cpu"
     require(have >= local_size, "trainer.nproc", local_size, allowed)

@@ -147,6 +147,7 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
     if chosen.type == "cuda":
         # PyTorch prefers it on Hopper for heads as wide as the paper's, 256, where gradients of NaN have been reported.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"  # by default convolutions have 10 bits of mantissa
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
         torch.backends.cudnn.benchmark = not deterministic

@@ -371,8 +371,9 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda have=have: have)
         collectives._take_device(*local)
     assert taken == [0, 1, 1]  # a job of srun --gpus-per-task shows each process one
-    monkeypatch.setenv("MODELING_JOB", "x")
-    for have, local in ((1, (0, 2)), (2, (0, 3))):
+    starters = ("TORCHELASTIC_RUN_ID", "MODELING_JOB")  # torchrun and the launcher show all devices to all
+    for starter, (have, local) in zip(starters, ((1, (0, 2)), (2, (0, 3))), strict=True):
+        monkeypatch.setenv(starter, "x")
         monkeypatch.setattr(torch.cuda, "device_count", lambda have=have: have)
         with pytest.raises(ConfigError, match=rf"trainer\.nproc={local[1]}: this machine has {have} CUDA devices"):
             collectives._take_device(*local)

@@ -32,9 +32,7 @@ def environment(state, **changes):
     """Of a process without settings of its user; its lines are not measured, which would take a third of its time."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "DVC_", "COVERAGE_"))}
     identity = {f"GIT_{who}_{what}": "t@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    identity["MPLBACKEND"] = (
-        "module://matplotlib_inline.backend_inline"  # of a notebook, and not installed
-    )
+    identity["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # of a notebook, and not installed
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return kept | identity | {"PATH": path, "DVC_ROOT": str(state), "OMP_NUM_THREADS": "1"} | changes
 

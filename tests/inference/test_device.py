@@ -32,6 +32,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (100, 200))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     yield
@@ -95,7 +96,9 @@ def test_precision_follows_the_device(monkeypatch, caplog):
 
 def test_cuda_is_chosen_and_described(cuda):
     assert choose_compute("auto", "auto") == CUDA and CUDA.describe() == "GPU, float32"
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cudnn.allow_tf32
+    choose_compute("cuda", "fp32")
+    assert not torch.backends.cudnn.allow_tf32
     assert choose_compute("cpu", "fp32").device.type == "cpu"
     with pytest.raises(ConfigError, match="precision=bf16"):
         choose_compute("cuda", "bf16")
