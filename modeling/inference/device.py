@@ -101,8 +101,10 @@ class Compute:
         if wanted is False or (wanted is None and self.device.type != "cuda"):
             return function
         log.info("compiling the network: its first call takes a minute or more")
+        # The backward pass is compiled in a thread of its own, which sees no setting of this one but what is given here.
+        options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else None
         # One size each: for sizes that vary, the compiler gives up the memory layout of convolutions.
-        return torch.compile(function, dynamic=False)
+        return torch.compile(function, dynamic=False, options=options)
 
     def describe(self) -> str:
         """The device and the precision, for people."""

@@ -45,17 +45,26 @@ class Muon(torch.optim.Adam):
             super().step()
         finally:
             self.param_groups = groups
-        updates = defaultdict(list)
-        for p in matrices["params"]:
-            if p.grad is not None:
-                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - matrices["momentum"])
-                update = p.grad.lerp(mean, matrices["momentum"]).flatten(1)  # one step ahead, as Nesterov's
-                updates[update.shape].append((p, update))
-        for shape, pairs in updates.items():
+        params = [p for p in matrices["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        # All of them in one call, since a GPU waits for the calls.
+        grads, means = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(means, grads, 1 - matrices["momentum"])
+        updates = torch._foreach_lerp(grads, means, matrices["momentum"])  # one step ahead, as Nesterov's
+        alike = defaultdict(list)
+        for p, update in zip(params, updates, strict=True):
+            matrix = update.flatten(1)
+            alike[matrix.shape].append((p, matrix))
+        for shape, pairs in alike.items():
             length = matrices["lr"] * ADAMS_LENGTH * math.sqrt(max(shape))
-            for (p, _), update in zip(pairs, orthogonal(torch.stack([u for _, u in pairs])), strict=True):
-                p.add_(update.view_as(p), alpha=-length)
+            steps = orthogonal(torch.stack([matrix for _, matrix in pairs]))
+            members = [p for p, _ in pairs]
+            changes = [step.view_as(p) for p, step in zip(members, steps, strict=True)]
+            torch._foreach_add_(members, changes, alpha=-length)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -79,11 +88,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
         return unit + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
 
     for together in WIDE if columns >= 3 * rows else [1] * sum(WIDE):
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)
         product = p = factor(gram)
         for _ in range(together - 1):
-            gram = p @ gram @ p
+            gram = torch.bmm(torch.bmm(p, gram), p)
             p = factor(gram)
-            product = p @ product
-        x = product @ x
+            product = torch.bmm(p, product)
+        x = torch.bmm(product, x)
     return x.mT if tall else x

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.cuda import NEEDS_CUDA
 from helpers.pipeline import ROOT
 from helpers.training import CPU, DIFFUSION, SMALL
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.graph import GraphLowering
 
 from modeling.build import build_model
 from modeling.inference import device
@@ -169,6 +171,26 @@ def test_each_batch_size_is_compiled_for_itself(counter):
     for n in (4, 6, 8, 4, 6, 8):
         forward(torch.ones(n, 3))
     assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_both_passes_are_compiled_to_be_deterministic_if_that_is_wanted(deterministic, monkeypatch, tmp_path, request):
+    """A GPU's backward pass is compiled in a thread of autograd, where settings of the main thread do not hold."""
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is compiled already
+    seen, lower = [], GraphLowering.run
+
+    def run(graph, *inputs):
+        seen.append(torch._inductor.config.deterministic)
+        return lower(graph, *inputs)
+
+    monkeypatch.setattr(GraphLowering, "run", run)
+    compute = choose_compute("cpu", "fp32", deterministic)
+    loss = compute.compiled(torch.nn.Linear(3, 3), True)(torch.ones(2, 3)).square().sum()
+    backward = threading.Thread(target=loss.backward)
+    backward.start()
+    backward.join()
+    assert seen == [deterministic] * 2
 
 
 def test_a_failing_compiler_is_one_line_that_names_the_key(monkeypatch, tmp_path):
