@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers.configs import group
 from helpers.training import CPU, MODEL
+from hydra import compose, initialize_config_dir
+from hydra.version import VersionBase
 
 import modeling
 from modeling.api import TrainedModel
@@ -76,6 +78,14 @@ def test_labels_and_names_that_there_are_not(model):
         modeling.load_model("nowhere")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = modeling.nothing
+
+
+def test_a_project_with_hydra_of_its_own(model, tmp_path):
+    """As in a notebook: the model is used there, and the project's own configuration afterwards."""
+    (tmp_path / "mine.yaml").write_text("a: 1")
+    with initialize_config_dir(str(tmp_path), version_base="1.2"):
+        assert model.sample(1, sampler="ddim", steps=1).shape == (1, 3, 8, 8)
+        assert compose("mine") == {"a": 1} and str(VersionBase.instance().getbase()) == "1.2"
 
 
 def test_threads_compose_one_after_another(model):

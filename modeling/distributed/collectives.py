@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from modeling.reliability.container import cores
 from modeling.reliability.errors import ConnectionLost, UserError, require, short
 from modeling.reliability.signals import JOB, TORCHRUN
 
@@ -54,10 +55,13 @@ def group(device: str) -> Iterator[None]:
     with _connection():
         store, index, size = connect()
         local_rank, local_size = _place(store, index, size)
+        sharing = _sharing(store, index, size)
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         _take_device(local_rank, local_size)
+    elif "OMP_NUM_THREADS" not in os.environ:  # which torchrun and the launcher set
+        torch.set_num_threads(max(1, cores() // sharing))
     if local_size == size:
         # gloo looks up the host name, which may not resolve; a single machine needs no network.
         loopback = (name for _, name in socket.if_nameindex() if name.startswith("lo"))
@@ -77,6 +81,14 @@ def _place(store: Any, index: int, size: int) -> tuple[int, int]:
     store.set(f"host/{index}", socket.gethostname())
     hosts = [store.get(f"host/{k}") for k in range(size)]
     return hosts[:index].count(hosts[index]), hosts.count(hosts[index])
+
+
+def _sharing(store: Any, index: int, size: int) -> int:
+    """How many processes may use the cores of this one: srun gives each its own, mpirun may give all of them all."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    store.set(f"cores/{index}", f"{socket.gethostname()} {allowed}")
+    found = [store.get(f"cores/{k}") for k in range(size)]
+    return found.count(found[index])
 
 
 def _take_device(local_rank: int, local_size: int) -> None:

@@ -22,6 +22,7 @@ from modeling.reliability.signals import poll
 
 PACKET = 4  # the largest height and width of a packet
 GROUPS = 20  # of the jackknife
+BATCH = 1000 * 3 * 32 * 32  # values of images at a time
 FEWEST = 4  # images: each half has a covariance
 # Sum and differences along rows, columns and diagonals of 2 x 2 pixels, orthonormal.
 HAAR = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
@@ -68,7 +69,7 @@ def wavelet_packets(images: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def packet_sums(images: Tensor, batch: int = 1000) -> Sums:
+def packet_sums(images: Tensor) -> Sums:
     """The sums over all images, uint8 [N, C, H, W], of log(1 + |w|) of their packets."""
 
     def part(images: Tensor) -> Sums:
@@ -76,6 +77,7 @@ def packet_sums(images: Tensor, batch: int = 1000) -> Sums:
         packets = wavelet_packets(images).abs().log1p().transpose(0, 1)  # [P, N, D]
         return Sums(packets.shape[1], packets.sum(1), packets.mT @ packets)
 
+    batch = max(1, BATCH // images[0].numel())
     return reduce(add, (part(images[k : k + batch]) for k in range(0, len(images), batch)))
 
 

@@ -101,8 +101,9 @@ class Compute:
         if wanted is False or (wanted is None and self.device.type != "cuda"):
             return function
         log.info("compiling the network: its first call takes a minute or more")
-        # The backward pass is compiled in a thread of its own, which sees no setting of this one but what is given here.
-        options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else None
+        # The backward pass is compiled in a thread of autograd, where no setting holds but those given here.
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        options: dict[str, Any] | None = {"deterministic": True} if deterministic else None
         # One size each: for sizes that vary, the compiler gives up the memory layout of convolutions.
         return torch.compile(function, dynamic=False, options=options)
 
@@ -128,13 +129,18 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
         threads = _default_threads()
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-    cuda = torch.cuda.is_available()
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")
+    if cuda and (why := _why_no_kernel_runs()):
+        if device == "cuda":
+            raise ConfigError(f"device=cuda: {why}; allowed are auto, cpu")
+        log.warning("%s, so the CPU computes; docs/machines.md says which PyTorch does", why)
+        cuda = False
     if device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device=mps: PyTorch finds no Apple GPU here; allowed are auto, cpu")
     # "cuda" is the current device; each of several processes has made another one current: see collectives.py.
-    chosen = torch.device("cuda" if cuda and device in ("auto", "cuda") else device.replace("auto", "cpu"))
+    chosen = torch.device("cuda" if cuda else device.replace("auto", "cpu"))
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: 1.5 s
         torch.use_deterministic_algorithms(deterministic)
     settings: Any = torch.utils.deterministic
@@ -156,6 +162,17 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
     elif chosen.type == "cpu":
         _keep_freed_memory()
     return Compute(chosen, precision == "bf16" or (precision == "auto" and has_bf16))
+
+
+def _why_no_kernel_runs() -> str | None:
+    """Why this PyTorch does not compute on the CUDA device, or None: its wheels have no kernels for old GPUs."""
+    try:
+        torch.ones(1, device="cuda").add_(1)
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
+        return f"PyTorch {torch.__version__} has no kernels for this {torch.cuda.get_device_name()}"
+    return None
 
 
 def _default_threads() -> int:

@@ -6,6 +6,7 @@ training steps and leaves nothing behind.
 
 import itertools
 import logging
+import os
 import shutil
 import subprocess
 import tempfile
@@ -196,12 +197,16 @@ def _repository() -> Iterator[Finding]:
             yield Finding(NOTE, f"DVC: {error}")
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
+        env = os.environ | {"LC_ALL": "C"}
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, env=env).stdout
 
     try:
         changed = git("status", "--porcelain", "--", "modeling", "conf", "main.py", "dvc.yaml").splitlines()
         commit = git("rev-parse", "--short", "HEAD").strip()
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError) as error:
+        if "dubious ownership" in (getattr(error, "stderr", None) or ""):
+            yield Finding(NOTE, f"Git: {root} is another user's: git config --global --add safe.directory {root}")
+            return
         yield Finding(NOTE, "Git: dvc exp run needs a commit: git init && git add -A && git commit -m start")
         return
     if changed:

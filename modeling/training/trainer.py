@@ -36,8 +36,20 @@ from modeling.training.ema import EMA
 from modeling.training.optimizer import build_optimizer, learning_rate
 from modeling.training.state import CheckpointFolder, TrainingState
 
-EVALUATION_BATCH = 100  # of the held-out loss: a stop waits for one of them; no batch size here changes a result
+# Images at a time, of which a stop waits for one batch; no batch size here changes a result.
+EVALUATION_BATCH = 100  # of the held-out loss, at most
+GRID_BATCH = 64  # of the sample grid, at most
 CHECK_EVERY = 1000  # steps between checks for divergence, if nothing else checks before
+
+
+def images_at_once(config: TrainerConfig) -> int:
+    """The most that go through the network together in a training step of this process."""
+    return config.micro_batch_size or len(share(config.batch_size))
+
+
+def without_gradients(config: TrainerConfig, most: int) -> int:
+    """The batch for what needs no gradients, whose images need a seventh of the memory."""
+    return min(most, 4 * images_at_once(config))
 
 
 def grid_sampler(config: TrainerConfig) -> SamplerConfig:
@@ -48,7 +60,7 @@ def grid_sampler(config: TrainerConfig) -> SamplerConfig:
         spacing="log_snr",
         clip_denoised=True,
         num_samples=config.sample_images,
-        batch_size=64,
+        batch_size=without_gradients(config, GRID_BATCH),
         seed=0,
         guidance_scale=1.0,
         label=None,
@@ -104,7 +116,7 @@ class Trainer:
         self.divergence = Divergence(config, self.source, folder)
         # The parts of the batch that go through the network one after another.
         mine = share(self.config.batch_size)
-        size = self.config.micro_batch_size or len(mine)
+        size = images_at_once(self.config)
         self.parts = [slice(start, min(start + size, mine.stop)) for start in range(mine.start, mine.stop, size)]
         self.last_row: dict[str, float] = {}
         self._since = 0.0  # when the time that is not yet counted as training began
@@ -212,9 +224,7 @@ class Trainer:
         if last or step % c.log_every == 0:
             row |= self.state.means()
         if last or step % c.evaluate_every == 0:
-            # Without gradients an image needs a seventh of the memory.
-            batch = 4 * (c.micro_batch_size or EVALUATION_BATCH)
-            losses, _ = held_out_losses(ema, self.test, min(EVALUATION_BATCH, batch), self.compute)
+            losses, _ = held_out_losses(ema, self.test, without_gradients(c, EVALUATION_BATCH), self.compute)
             row["held_out_loss"] = losses.double().mean().item()
         images = None
         if last or step % c.sample_every == 0:

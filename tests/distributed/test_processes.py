@@ -304,6 +304,17 @@ def test_what_processes_tell_each_other(tmp_path):
     assert second[0] == -signal.SIGKILL and second[1].split() == names[:-1], second
 
 
+def test_cores_are_shared_by_the_processes_that_may_use_them(monkeypatch):
+    """Of a machine; srun binds each to cores of its own, mpirun may bind none."""
+    store = torch.distributed.HashStore()
+    for index, place in enumerate(("here [0, 1]", "here [0, 1]", "there [0, 1]", "here [2, 3]")):
+        store.set(f"cores/{index}", place)
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    for allowed, sharing in (({1, 0}, 2), ({2, 3}, 2), ({4}, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed, raising=False)
+        assert collectives._sharing(store, 1, 4) == sharing
+
+
 def test_a_process_that_computes_wrongly_is_found(tmp_path, monkeypatch):
     """The checksum at a checkpoint covers the weights and their average."""
     check_same = Mock()

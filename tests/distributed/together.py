@@ -15,6 +15,7 @@ from modeling.distributed import collectives as d
 from modeling.distributed import shares
 from modeling.evaluation.fid import Inception, reference_features
 from modeling.inference.kept import kept_samples
+from modeling.reliability.container import cores
 from modeling.reliability.errors import ConnectionLost, Stopped, UserError
 from modeling.reliability.signals import poll, stop_requests
 from modeling.training.ema import EMA
@@ -114,7 +115,10 @@ def lose(folder):
 
 if __name__ == "__main__":
     folder = Path(os.environ["MODELING_JOB"])
+    del os.environ["OMP_NUM_THREADS"]
+    torch.set_num_threads(7)
     with d.group("cpu"):
+        assert torch.get_num_threads() == max(1, cores() // 2)  # both may use all of them
         for name in sys.argv[1:]:
             globals()[name](folder)
             print(name, flush=True)

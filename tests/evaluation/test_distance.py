@@ -43,9 +43,27 @@ def test_any_size(size, packets, values):
     torch.testing.assert_close(found[:, 0], torch.full((2, values), 0.2 * math.sqrt(packets), dtype=torch.float64))
 
 
+def test_sums_of_parts_that_fit_the_memory(data, monkeypatch):
+    """So many values at a time: of larger images fewer, and one at least."""
+    whole, sizes = packet_sums(data[0]), []
+
+    def packets(images):
+        sizes.append(len(images))
+        return wavelet_packets(images)
+
+    monkeypatch.setattr(distance, "wavelet_packets", packets)
+    for values, most in ((70 * data[0][0].numel(), 70), (1, 1)):
+        sizes.clear()
+        monkeypatch.setattr(distance, "BATCH", values)
+        found = packet_sums(data[0])
+        assert max(sizes) == sizes[0] == most and sum(sizes) == found.images == whole.images
+        torch.testing.assert_close(found.second, whole.second)
+        torch.testing.assert_close(found.first, whole.first)
+
+
 def test_the_distance_is_the_mean_of_torch_fidelitys(data):
     a, b = data
-    reference = packet_sums(b, batch=70).normal()
+    reference = packet_sums(b).normal()
     packets = [torch.log(1 + wavelet_packets(half).abs()) for half in (a, b)]
     expected = [fid.frechet_distance(packets[0][:, p], packets[1][:, p]) for p in range(16)]
     found = frechet_distances(packet_sums(a).normal(), reference)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modeling.evaluation import nearest
 from modeling.evaluation.nearest import nearest_images
 
 
@@ -16,6 +17,23 @@ def test_the_order_of_near_distances_is_exact():
     found = nearest_images(query, images, 40, False)
     assert torch.equal(found.indices[0], order.argsort())
     torch.testing.assert_close(found.rms[0], (torch.arange(1, 41) / 3072).sqrt())
+
+
+def test_large_images_are_searched_a_few_at_a_time(monkeypatch, generator):
+    images = torch.randint(0, 256, (9, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    whole, sizes = nearest_images(images[:2], images, 3, True), []
+
+    def measured(flat, part):
+        sizes.append(len(part))
+        return squared(flat, part)
+
+    squared = nearest._squared_distance
+    monkeypatch.setattr(nearest, "_squared_distance", measured)
+    for values, expected in ((4 * 48 + 47, [4, 4, 4, 4, 1, 1]), (1, [1] * 18)):
+        sizes.clear()
+        monkeypatch.setattr(nearest, "CHUNK", values)
+        found = nearest_images(images[:2], images, 3, True)
+        assert sizes == expected and torch.equal(found.indices, whole.indices) and torch.equal(found.rms, whole.rms)
 
 
 @pytest.mark.parametrize("mirror", [False, True])

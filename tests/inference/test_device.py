@@ -30,6 +30,7 @@ CUDA = Compute(torch.device("cuda"), bf16=False)
 def cuda(monkeypatch):
     """A CUDA device without bf16, as far as choose_compute sees."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "_why_no_kernel_runs", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (100, 200))
@@ -94,6 +95,27 @@ def test_precision_follows_the_device(monkeypatch, caplog):
     with pytest.raises(ConfigError, match="device=cuda"):
         choose_compute("cuda", "auto")
     assert "float32" in CPU.describe() and "bf16" in Compute(torch.device("cpu"), True).describe()
+
+
+def test_a_gpu_that_pytorch_has_no_kernels_for(monkeypatch, caplog):
+    """Its wheels leave old ones out. Anything else that goes wrong there is no reason to compute elsewhere."""
+    said = "CUDA error: no kernel image is available for execution on the device"
+
+    def ones(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
+    monkeypatch.setattr(torch, "ones", ones)
+    assert choose_compute("auto", "fp32") == CPU == choose_compute("cpu", "fp32")
+    assert len(caplog.messages) == 1 and "has no kernels for this Tesla P100, so the CPU computes" in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"device=cuda: PyTorch \S+ has no kernels for this Tesla P100; allowed are au"
+    ):
+        choose_compute("cuda", "fp32")
+    said = "CUDA error: out of memory"
+    with pytest.raises(RuntimeError, match=said):
+        choose_compute("auto", "fp32")
 
 
 def test_cuda_is_chosen_and_described(cuda):

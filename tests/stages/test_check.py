@@ -92,7 +92,7 @@ def test_a_step_that_fails(findings, monkeypatch):
         findings()
 
 
-def test_git_and_dvc(root, findings):
+def test_git_and_dvc(root, findings, monkeypatch):
     found, _ = findings()
     assert "git init" in found["Git"][1] and "DVC" not in found
     compose_and_dump(str(root / "params.yaml"), str(CONF), None, "config", ".", [])
@@ -111,3 +111,5 @@ def test_git_and_dvc(root, findings):
     assert "differ in the key another_key (1 in all)" in found["DVC"][1]
     (root / "dvc.yaml").write_text("")
     assert "conf/config.yaml; git commit keeps" in findings()[0]["Git"][1]
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "true")
+    assert findings()[0]["Git"][1].endswith(f"is another user's: git config --global --add safe.directory {root}")

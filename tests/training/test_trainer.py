@@ -241,6 +241,23 @@ def test_every_option_learns(tmp_path, option):
     assert recorder.grids[80].shape == (2, 3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"micro_batch_size": 1}, [4, 2] + [4] * 17 + [2]),
+        ({"batch_size": 3}, [6] + [12] * 5 + [10]),
+        ({"batch_size": 100}, [6, 64, 6]),
+    ],
+)
+def test_what_needs_no_gradients_needs_no_more_memory(tmp_path, changes, sizes):
+    """The 6 held-out images, and a grid of 70, in batches of at most four times those of a training step."""
+    seen, often = [], RARE | {"steps": 1, "sample_images": 70, "sample_steps": 1, "batch_size": 4}
+    trainer = make(tmp_path, **often | changes)
+    trainer.ema.model.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    trainer.run()
+    assert seen == sizes
+
+
 def test_non_finite_loss_ends_the_run_and_spares_the_checkpoint(tmp_path):
     with pytest.raises(UserError, match="not finite"):
         make(tmp_path, optimizer=adam(lr=1e30, warmup_steps=0), checkpoint_every=1).run()
