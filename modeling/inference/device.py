@@ -132,10 +132,11 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ConfigError("device=cuda: PyTorch finds no CUDA device here; allowed are auto, cpu")
-    if cuda and (why := _why_no_kernel_runs()):
+    if cuda and not _kernels_run():
+        version, name = torch.__version__, torch.cuda.get_device_name()
         if device == "cuda":
-            raise ConfigError(f"device=cuda: {why}; allowed are auto, cpu")
-        log.warning("%s, so the CPU computes; docs/machines.md says which PyTorch does", why)
+            raise ConfigError(f"device=cuda: PyTorch {version} has no kernels for this {name}; allowed are auto, cpu")
+        log.warning("PyTorch %s has no kernels for this %s, so the CPU computes: see docs/machines.md", version, name)
         cuda = False
     if device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device=mps: PyTorch finds no Apple GPU here; allowed are auto, cpu")
@@ -164,15 +165,15 @@ def choose_compute(device: str, precision: str, deterministic: bool = False, thr
     return Compute(chosen, precision == "bf16" or (precision == "auto" and has_bf16))
 
 
-def _why_no_kernel_runs() -> str | None:
-    """Why this PyTorch does not compute on the CUDA device, or None: its wheels have no kernels for old GPUs."""
+def _kernels_run() -> bool:
+    """Whether this PyTorch computes on the CUDA device: its wheels have no kernels for old ones."""
     try:
         torch.ones(1, device="cuda").add_(1)
     except RuntimeError as error:
         if "no kernel image" not in str(error):
             raise
-        return f"PyTorch {torch.__version__} has no kernels for this {torch.cuda.get_device_name()}"
-    return None
+        return False
+    return True
 
 
 def _default_threads() -> int:
