@@ -13,6 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobRuntime
 from hydra.version import VersionBase
 from omegaconf import OmegaConf
 
@@ -45,25 +46,17 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 @contextmanager
 def conf_dir() -> Iterator[None]:
-    """Where Hydra's compose finds conf/."""
+    """Where Hydra's compose finds conf/ and nothing else; afterwards Hydra is as it was."""
     with LOCK:
-        of_all = GlobalHydra.instance()
-        if of_all.is_initialized() and _finds_conf(of_all):  # by main.py, to whose search path users add folders
-            yield
-            return
-        version, before = VersionBase.instance().version_base, of_all.hydra  # a notebook's, of another project
-        of_all.clear()
+        # Of main.py, or of a notebook's own project.
+        hydra, version, job = GlobalHydra.instance().hydra, VersionBase.instance().version_base, JobRuntime.instance()
+        GlobalHydra.instance().clear()
         try:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
+            with initialize_config_dir(str(CONF), job.get("name"), version_base="1.3"):
                 yield
         finally:
+            GlobalHydra.instance().hydra = hydra
             VersionBase.instance().version_base = version
-            GlobalHydra.instance().hydra = before
-
-
-def _finds_conf(hydra: GlobalHydra) -> bool:
-    paths = [element.path for element in hydra.config_loader().get_search_path().get_path()]
-    return "pkg://conf" in paths or CONF in [Path(path.removeprefix("file://")) for path in paths]
 
 
 def differences(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

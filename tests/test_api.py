@@ -83,9 +83,12 @@ def test_labels_and_names_that_there_are_not(model):
 def test_a_project_with_hydra_of_its_own(model, tmp_path):
     """As in a notebook: the model is used there, and the project's own configuration afterwards."""
     (tmp_path / "mine.yaml").write_text("a: 1")
-    with initialize_config_dir(str(tmp_path), version_base="1.2"):
+    with initialize_config_dir(str(tmp_path), "their-job", version_base="1.2"):
         assert model.sample(1, sampler="ddim", steps=1).shape == (1, 3, 8, 8)
+        with pytest.raises(KeyError), conf_dir():
+            raise KeyError("within")
         assert compose("mine") == {"a": 1} and str(VersionBase.instance().getbase()) == "1.2"
+        assert compose("mine", return_hydra_config=True).hydra.job.name == "their-job"
 
 
 def test_threads_compose_one_after_another(model):

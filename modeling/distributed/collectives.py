@@ -60,7 +60,7 @@ def group(device: str) -> Iterator[None]:
     if device != "cpu" and torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         _take_device(local_rank, local_size)
-    elif "OMP_NUM_THREADS" not in os.environ:  # which torchrun and the launcher set
+    if "OMP_NUM_THREADS" not in os.environ:  # which torchrun and the launcher set
         torch.set_num_threads(max(1, cores() // sharing))
     if local_size == size:
         # gloo looks up the host name, which may not resolve; a single machine needs no network.

@@ -77,7 +77,8 @@ def packet_sums(images: Tensor) -> Sums:
         packets = wavelet_packets(images).abs().log1p().transpose(0, 1)  # [P, N, D]
         return Sums(packets.shape[1], packets.sum(1), packets.mT @ packets)
 
-    batch = max(1, BATCH // images[0].numel())
+    channels, side = images.shape[1], max(images.shape[2:])
+    batch = max(1, BATCH // (channels * side * side))  # filled up, an image is at most a square
     return reduce(add, (part(images[k : k + batch]) for k in range(0, len(images), batch)))
 
 
@@ -100,8 +101,8 @@ def wavelet_distance(images: Tensor, reference: Normal) -> tuple[float, float]:
     """
     if len(images) < FEWEST or not bool(reference.covariance.isfinite().all()):
         return math.nan, math.nan
-    groups = [packet_sums(part) for part in images.chunk(min(GROUPS, len(images) // 2))]
-    total = reduce(add, groups)
-    without = torch.stack([frechet_distances((total - group).normal(), reference).mean() for group in groups])
+    total, groups = packet_sums(images), images.chunk(min(GROUPS, len(images) // 2))
+    # The sums of a group again, since those of all groups together are gigabytes for large images.
+    without = torch.stack([frechet_distances((total - packet_sums(g)).normal(), reference).mean() for g in groups])
     error = ((len(groups) - 1) * without.var(correction=0)).sqrt().item()
     return frechet_distances(total.normal(), reference).mean().item(), error

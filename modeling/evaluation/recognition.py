@@ -97,7 +97,7 @@ def kept_classifier(
 def recognised(network: nn.Module, images: Tensor, labels: Tensor, compute: Compute) -> Tensor:
     """1 where the likeliest class of uint8 [N, C, H, W] is the label, else 0; float64 [N]."""
     found = []
-    for part in torch.split(images, BATCH):
+    for part in torch.split(images, max(1, BATCH * 32 * 32 // (images.shape[2] * images.shape[3]))):
         poll()
         with compute.autocast():
             found.append(network(send(to_model(part), compute.device)).argmax(1).cpu())

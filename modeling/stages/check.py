@@ -7,6 +7,7 @@ training steps and leaves nothing behind.
 import itertools
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -204,8 +205,8 @@ def _repository() -> Iterator[Finding]:
         changed = git("status", "--porcelain", "--", "modeling", "conf", "main.py", "dvc.yaml").splitlines()
         commit = git("rev-parse", "--short", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        if "dubious ownership" in (getattr(error, "stderr", None) or ""):
-            yield Finding(NOTE, f"Git: {root} is another user's: git config --global --add safe.directory {root}")
+        if found := re.search("git config .*safe.directory.*", getattr(error, "stderr", None) or ""):
+            yield Finding(NOTE, f"Git: the repository is another user's: {found[0]}")
             return
         yield Finding(NOTE, "Git: dvc exp run needs a commit: git init && git add -A && git commit -m start")
         return

@@ -51,7 +51,7 @@ class Muon(torch.optim.Adam):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        # All of them in one call, since a GPU waits for the calls.
+        # All of them in one call, since a GPU waits for calls.
         grads, means = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(means, grads, 1 - matrices["momentum"])
         updates = torch._foreach_lerp(grads, means, matrices["momentum"])  # one step ahead, as Nesterov's

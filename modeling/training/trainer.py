@@ -44,7 +44,8 @@ CHECK_EVERY = 1000  # steps between checks for divergence, if nothing else check
 
 def images_at_once(config: TrainerConfig) -> int:
     """The most that go through the network together in a training step of this process."""
-    return config.micro_batch_size or len(share(config.batch_size))
+    whole = len(share(config.batch_size))
+    return min(config.micro_batch_size or whole, whole)
 
 
 def without_gradients(config: TrainerConfig, most: int) -> int:

@@ -389,7 +389,8 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
         with pytest.raises(ConfigError, match=rf"trainer\.nproc={local[1]}: this machine has {have} CUDA devices"):
             collectives._take_device(*local)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(collectives, "connect", lambda: (None, 0, 3))
+    monkeypatch.setattr(collectives, "connect", lambda: (Mock(), 0, 3))
+    monkeypatch.setattr(collectives, "_sharing", lambda *_: 3)
     for name, value in {"WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"trainer\.nproc=3"), collectives.group("auto"):

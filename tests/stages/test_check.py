@@ -113,3 +113,6 @@ def test_git_and_dvc(root, findings, monkeypatch):
     assert "conf/config.yaml; git commit keeps" in findings()[0]["Git"][1]
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "true")
     assert findings()[0]["Git"][1].endswith(f"is another user's: git config --global --add safe.directory {root}")
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "state_root", lambda: root / "conf")  # Git names the repository, not the folder in it
+        assert findings()[0]["Git"][1].endswith(f"safe.directory {root}")

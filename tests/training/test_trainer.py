@@ -246,6 +246,7 @@ def test_every_option_learns(tmp_path, option):
     [
         ({"micro_batch_size": 1}, [4, 2] + [4] * 17 + [2]),
         ({"batch_size": 3}, [6] + [12] * 5 + [10]),
+        ({"batch_size": 3, "micro_batch_size": 64}, [6] + [12] * 5 + [10]),
         ({"batch_size": 100}, [6, 64, 6]),
     ],
 )
