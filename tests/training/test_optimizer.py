@@ -53,8 +53,9 @@ def test_steps_of_muon_are_the_iteration_as_it_is_defined(shape, has_bf16, gener
     for _ in range(5):
         gram = expected @ expected.mT
         expected = 3.4445 * expected - 4.7750 * gram @ expected + 2.0315 * gram @ gram @ expected
-    found = orthogonal(matrices).double()
-    bf16 = has_bf16 and min(shape) >= LARGE
+    bf16, found = has_bf16 and min(shape) >= LARGE, orthogonal(matrices)
+    assert found.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    found = found.double()
     error = torch.linalg.matrix_norm(found - expected, 2)
     assert error[0] < (0.1 if bf16 else 1e-4) and (bf16 or error[1] < 1e-3)
     assert torch.linalg.matrix_norm(found, 2).max() < 1.3
