@@ -65,7 +65,9 @@ def out_of_memory(error: Exception) -> bool:
     """Whether the device or the machine has run out of memory."""
     # By name, since this module must not import torch: main.py starts fast.
     named = type(error).__name__ in ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError")
-    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error))
+    # The second is what is left for a process that finds the GPU full before it has asked for anything.
+    said = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory")
+    return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 
 
 def short(error: BaseException) -> str:

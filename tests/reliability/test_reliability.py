@@ -21,7 +21,9 @@ def test_errors_of_the_machine_have_a_line_and_bugs_have_none():
     full = OSError(errno.ENOSPC, "No space left on device", "x.pt")
     assert explain(full, "train") == "x.pt: No space left on device; run the same command again once that is mended"
     assert explain(OSError(errno.ENOENT, "absent"), "train") is None and explain(KeyError("x"), "train") is None
-    assert "lower sampler.batch_size" in explain(MemoryError(), "sample")
+    for error in (MemoryError(), RuntimeError("CUDA error: out of memory\nSearch for cudaErrorMemoryAllocation")):
+        assert "lower sampler.batch_size" in explain(error, "sample")
+    assert explain(RuntimeError("CUDA error: device-side assert triggered"), "sample") is None
     compiler = torch._dynamo.exc.TorchDynamoException("no C++\ncompiler")
     assert "torch.compile failed (no C++ compiler)" in explain(compiler, "train")
     assert short(ValueError("a\n  b")) == "a b" and len(short(ValueError("x" * 999))) == 160
