@@ -59,6 +59,10 @@ def test_sums_of_parts_that_fit_the_memory(data, monkeypatch):
         assert max(sizes) == sizes[0] == most and sum(sizes) == found.images == whole.images
         torch.testing.assert_close(found.second, whole.second)
         torch.testing.assert_close(found.first, whole.first)
+    sizes.clear()
+    monkeypatch.setattr(distance, "BATCH", 2 * 3 * 16 * 16)
+    packet_sums(torch.zeros(5, 3, 2, 16, dtype=torch.uint8))  # filled up to 4 x 16, counted as a square
+    assert sizes == [2, 2, 1]
 
 
 def test_the_distance_is_the_mean_of_torch_fidelitys(data):

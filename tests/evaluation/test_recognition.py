@@ -71,3 +71,18 @@ def test_what_it_is_trained_on(mirror, monkeypatch):
     assert 0.4 < left.mean() < 0.6 if mirror else not left.any()
     edges = {int((x[k, 0, 4] > 0).sum()) for x in seen for k in range(30)}
     assert edges == {1, 2, 3, 4, 5}  # three columns are bright, and the border is reflected
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(32, [100, 30]), (64, [25] * 5 + [5]), (512, [1] * 130)])
+def test_large_images_are_looked_at_a_few_at_a_time(side, sizes):
+    seen = []
+
+    def network(x):
+        seen.append(len(x))
+        return x.mean((2, 3))  # the brightest channel
+
+    images = torch.zeros(130, 3, side, side, dtype=torch.uint8)
+    labels = torch.arange(130) % 3
+    images[torch.arange(130), labels] = 200
+    right = recognised(network, images, labels, CPU)
+    assert seen == sizes and right.tolist() == [1.0] * 130
