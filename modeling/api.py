@@ -87,7 +87,7 @@ class TrainedModel:
             guidance_scale: of a class-conditional model; 1: none; None: that of the recipe, or 1 with `sampler`.
             sampler: ddpm, ddim, dpm_solver or unipc; None: that of the model's recipe, with its options.
             noise: x_T, [N, C, H, W], in place of noise(count, seed); N is then the count. Later noise is of `seed`.
-            options: more keys of conf/sampler: steps, spacing, eta, clip_denoised, batch_size.
+            options: more keys of conf/sampler: steps, spacing, eta, autoguidance_scale, clip_denoised, batch_size.
 
         Raises:
             ConfigError: the model cannot be sampled from like this; its message names the key and what is allowed.
@@ -112,19 +112,28 @@ class TrainedModel:
         return SampleNoise(seed, range(count), self.image_shape, self.compute.device)()
 
     @torch.no_grad()
-    def predict(self, x_t: Tensor, t: Tensor, label: str | None = None, guidance_scale: float = 1.0) -> Prediction:
+    def predict(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        label: str | None = None,
+        guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
+    ) -> Prediction:
         """The network's estimate of the clean images and of the noise, for samplers of your own.
 
         Args:
             x_t: float32 [N, C, H, W] on the device.
             t: int64 [N], in [0, T).
             label: the class of all images; None: without a label.
+            guidance_scale: of classifier-free guidance; 1: none.
+            autoguidance_scale: of guidance by the model's guide; 1: none.
         """
         require(label is None or label in self.classes, "label", label, f"allowed are {', '.join(self.classes)}")
         index = len(self.classes) if label is None else self.classes.index(label)
         y = self._labels([index] * len(x_t), len(self.classes) + 1)
         with self.compute.autocast():
-            return self.diffusion.predict(x_t, t, y=y, guidance_scale=guidance_scale)
+            return self.diffusion.predict(x_t, t, True, y, guidance_scale, autoguidance_scale)
 
     def _labels(self, indices: Sequence[int], count: int = 0) -> Tensor | None:
         """Labels [N] on the device, each modulo `count` (0: the number of classes); None of a model without classes."""

@@ -24,10 +24,13 @@ def check_image_size(m: ModelConfig, height: int, width: int) -> None:
         raise ConfigError(why)
 
 
-def check_sampler(s: SamplerConfig, num_timesteps: int, classes: Sequence[str], label_dropout: float) -> None:
+def check_sampler(
+    s: SamplerConfig, num_timesteps: int, classes: Sequence[str], label_dropout: float, has_guide: bool
+) -> None:
     """Raises ConfigError unless a model can be sampled from as the sampler group says.
 
-    `classes` are those of a class-conditional model, else none; `label_dropout` is that of its training.
+    `classes` are those of a class-conditional model, else none; `label_dropout` is that of its training; `has_guide`:
+    the model has, or will have, a guide.
     """
     require(s.steps <= num_timesteps, "sampler.steps", s.steps, f"the model has {num_timesteps} time steps")
     guided = s.guidance_scale != 1
@@ -36,22 +39,31 @@ def check_sampler(s: SamplerConfig, num_timesteps: int, classes: Sequence[str], 
     require(bool(classes) or s.label is None, "sampler.label", s.label, why)
     why = "with trainer.label_dropout=0 the model learns no prediction without a label"
     require(label_dropout > 0 or not guided, "sampler.guidance_scale", s.guidance_scale, why)
+    why = "the model has no guide; trainer.guide_at=0.5 keeps one in training"
+    require(has_guide or s.autoguidance_scale == 1, "sampler.autoguidance_scale", s.autoguidance_scale, why)
     allowed = f"allowed are {', '.join(classes)}, or null for all"
     require(s.label is None or s.label in classes, "sampler.label", s.label, allowed)
 
 
 def build_model(
-    model: ModelConfig, diffusion: DiffusionConfig, image_shape: Sequence[int], num_classes: int, seed: int
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    image_shape: Sequence[int],
+    num_classes: int,
+    seed: int,
+    has_guide: bool = False,
 ) -> DiffusionModel:
     """The untrained model, its initial weights a function of `seed`; ConfigError if it does not fit the data.
 
-    `image_shape` is (C, H, W); `num_classes`, of the data, is used if the model is class-conditional.
+    `image_shape` is (C, H, W); `num_classes`, of the data, is used if the model is class-conditional; `has_guide`: with
+    a second network, for the weights of a guide.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(seed, "init", 0))
         network = build_network(model, diffusion, image_shape, num_classes)
+        guide = build_network(model, diffusion, image_shape, num_classes) if has_guide else None
     d = diffusion
-    return DiffusionModel(network, build_schedule(d), d.prediction_type, d.variance, d.min_snr_gamma)
+    return DiffusionModel(network, build_schedule(d), d.prediction_type, d.variance, d.min_snr_gamma, guide)
 
 
 def build_network(m: ModelConfig, diffusion: DiffusionConfig, image_shape: Sequence[int], num_classes: int) -> UNet:

@@ -22,12 +22,13 @@ CLASSES = ["cat", "dog", "owl"]
 
 @pytest.fixture(scope="module")
 def model():
-    """Of random weights, with a recipe that samples by DDIM in four noisy steps, guided."""
+    """Of random weights, with a recipe that samples by DDIM in four noisy steps, guided in both ways."""
     config = dataclasses.replace(MODEL, class_conditional=True)
-    built = build_model(config, group("diffusion", "cosine", num_timesteps=20), (3, 8, 8), 3, 0).eval()
+    built = build_model(config, group("diffusion", "cosine", num_timesteps=20), (3, 8, 8), 3, 0, has_guide=True).eval()
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # its output is 0 at first, whatever the label
-    recipe = {"sampler": group("sampler", "ddim", steps=4, eta=0.5, guidance_scale=2.0).method()}
+    sampler = group("sampler", "ddim", steps=4, eta=0.5, guidance_scale=2.0, autoguidance_scale=1.5)
+    recipe = {"sampler": sampler.method()}
     recipe["trainer"] = {"label_dropout": 0.1}
     return TrainedModel(built, {"config": recipe, "image_shape": [3, 8, 8], "classes": CLASSES}, CPU)
 
@@ -41,6 +42,7 @@ def test_the_samplers_own_noise_gives_the_same_images(model):
     assert torch.equal(model.sample(5, seed=3, label="dog")[[1, 4]], classes[[1, 4]])  # 4 is of class 4 modulo 3
     assert not torch.equal(model.sample(5, seed=3, label="dog")[0], classes[0])
     assert not torch.equal(model.sample(5, seed=3, guidance_scale=1), classes)
+    assert not torch.equal(model.sample(5, seed=3, autoguidance_scale=1), classes)
 
 
 def test_a_prediction_is_that_of_the_model(model):
@@ -48,8 +50,8 @@ def test_a_prediction_is_that_of_the_model(model):
     labels = {"owl": torch.tensor([2, 2]), None: torch.tensor([3, 3])}
     for label, y in labels.items():
         with torch.no_grad():
-            expected = model.diffusion.predict(x_t, t, y=y, guidance_scale=3.0)
-        found = model.predict(x_t, t, label, 3.0)
+            expected = model.diffusion.predict(x_t, t, y=y, guidance_scale=3.0, autoguidance_scale=2.0)
+        found = model.predict(x_t, t, label, 3.0, 2.0)
         assert torch.equal(found.x_0, expected.x_0) and not found.x_0.requires_grad
 
 

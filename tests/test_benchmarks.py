@@ -21,6 +21,7 @@ from benchmarks.mixture import Mixture
 from benchmarks.project import configure, make_task, training_flops
 from benchmarks.studies import (
     distances,
+    judge,
     kept_memory,
     loss_equality,
     reliability,
@@ -242,12 +243,20 @@ def test_samplers_of_a_trained_model(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     found = distances.main(arguments=["--samples=12", f"--out={tmp_path / 'distances'}", *out, "data=shapes_tiny"])
     sets = [row["images"] for row in found["rows"]]
-    assert sets[0] == "test images" and len(sets) == 15 and sets[-1].startswith("1 steps: ddim, 5 steps, guidance 1")
+    assert sets[0] == "test images" and len(sets) == 15 and sets[-1].startswith("1 steps: ddim, 5 steps, seed 0")
     known = [row for row in found["rows"] if row["images"] != "one class only"]  # of fewer than four images here
     assert len(known) == 14 and all(row["wavelet_distance"] > 0 and row["stderr"] > 0 for row in known)
     assert capsys.readouterr().out.count("\n") == 17
     found = shapes.main(arguments=["--samples=11", "--limit=0", f"--out={tmp_path / 'shapes'}", *out])["errors"]
     assert [*found] == [*CLASSES, "all"] and all(row["above"] == 1 for row in found.values())
+    arguments = ["--samples=40", "--passes=100", f"--out={tmp_path / 'judge'}", *out, "data=shapes_tiny"]
+    found = judge.main(arguments=arguments)
+    noise, real = found["rows"]
+    assert noise["images"] == "1 steps: ddim, 3 steps, seed 0" and real["images"] == "training images"
+    assert noise["distance"] > 10 * real["distance"] > 0 and noise["recognised"] < 0.5 < found["right"]
+    capsys.readouterr()
+    assert judge.main(arguments=arguments) == found  # by the judge that was kept
+    assert "training the judge" not in capsys.readouterr().err
 
 
 def test_the_error_of_a_shape_is_what_was_changed():

@@ -66,11 +66,13 @@ def drawn(overrides: list[str], samples: int) -> Iterator[tuple[str, Tensor]]:
     sampler = as_recipe(config, meta).sampler
     model = compute.place_model(model)
     ways = [sampler, replace(sampler, steps=5)]
-    if sampler.guidance_scale != 1:
-        ways.append(replace(sampler, guidance_scale=1.0))
+    if (unguided := replace(sampler, guidance_scale=1.0, autoguidance_scale=1.0)) != sampler:
+        ways.append(unguided)
     for way in ways:
-        title = f"{meta['steps']:,} steps: {way.name}, {way.steps} steps, guidance {way.guidance_scale:g}"
-        yield title, draw_samples(model, way, range(samples), meta["image_shape"], compute)
+        yield (
+            f"{meta['steps']:,} steps: {way.caption()}",
+            draw_samples(model, way, range(samples), meta["image_shape"], compute),
+        )
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:

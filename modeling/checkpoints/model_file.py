@@ -23,6 +23,7 @@ from modeling.reliability.files import write_atomic
 from modeling.settings.groups import MAX_TIMESTEPS, Config, parse_group
 from modeling.settings.keys import affects
 
+NETWORK, GUIDE = "network.", "guide."  # before the names of the weights of each
 FREE = ("dropout", "min_snr_gamma")  # keys that affect how weights are trained, and not which weights fit
 
 
@@ -34,6 +35,11 @@ def save_model(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, An
     metadata = json.dumps({**about, "sha256": sha256}, sort_keys=True)
     write_atomic(path, safetensors_bytes(contiguous, {"config": metadata}))
     return sha256
+
+
+def with_guide(average: Mapping[str, Tensor], guide: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of a model file: the averaged weights of a DiffusionModel, and those of its guide's network."""
+    return {**average, **{GUIDE + name: tensor for name, tensor in (guide or {}).items()}}
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -68,7 +74,7 @@ def _load_average(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = read_checkpoint(path)
     except Damaged as error:
         raise UserError(f"checkpoint {path} is damaged: {error}") from None
-    return state["ema"]["model"], dict(state["about"]) | {"steps": state["step"]}
+    return with_guide(state["ema"]["model"], state.get("guide")), dict(state["about"]) | {"steps": state["step"]}
 
 
 def newest(path: Path) -> Path:
@@ -100,13 +106,15 @@ def load_trained(path: Path) -> tuple[DiffusionModel, dict[str, Any]]:
         meta["image_shape"] = [channels, height, width]
         names = ["model", "diffusion", *({"data"} & meta["config"].keys())]
         model, diffusion, *_ = (parse_group(name, meta["config"][name]) for name in names)
+        own = {k.removeprefix(NETWORK): tensor for k, tensor in tensors.items() if not k.startswith(GUIDE)}
         # A small file may name a giant, so the sizes are checked first, on a network without memory.
         if max(model.num_res_blocks, len(model.channel_mult)) > len(tensors) or diffusion.num_timesteps > MAX_TIMESTEPS:
             raise ValueError("its metadata name sizes that its tensors do not have")
         with torch.device("meta"):
             network = build_network(model, diffusion, meta["image_shape"], len(meta["classes"]))
-        network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()}, assign=True)
-        trained = build_model(model, diffusion, meta["image_shape"], len(meta["classes"]), seed=0)
+        network.load_state_dict(own, assign=True)
+        has_guide = len(own) < len(tensors)
+        trained = build_model(model, diffusion, meta["image_shape"], len(meta["classes"]), 0, has_guide)
         trained.load_state_dict(tensors)
     except UserError:
         raise

@@ -81,7 +81,7 @@ def recipe_parts(config: Config, bf16: bool, data_sha256: dict[str, str], start:
         "precision": "bf16" if bf16 else "fp32",  # what `auto` means here
         "deterministic": config.deterministic,
         "data": data_sha256,
-        "steps": config.trainer.steps if config.optimizer.lr_decay != "none" else None,
+        "steps": config.trainer.steps if config.ends_matter() else None,
         "start": start.sha256 if start else None,
     }
 

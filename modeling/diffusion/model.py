@@ -3,8 +3,9 @@
 Ho et al. 2020 (https://arxiv.org/abs/2006.11239), equations 4 to 7, 12, 14 and 15; v-prediction is Salimans and Ho 2022
 (https://arxiv.org/abs/2202.00512), the learned variance and its hybrid loss Nichol and Dhariwal 2021
 (https://arxiv.org/abs/2102.09672), min-SNR weighting Hang et al. 2023 (https://arxiv.org/abs/2303.09556), classifier-
-free guidance Ho and Salimans 2022 (https://arxiv.org/abs/2207.12598). Images are [N, C, H, W] in [-1, 1]; `t` is
-int64 [N] in [0, T), 0-based; noise is from N(0, I); labels `y` are int64 [N]. No randomness: callers pass noise and t.
+free guidance Ho and Salimans 2022 (https://arxiv.org/abs/2207.12598), autoguidance Karras et al. 2024
+(https://arxiv.org/abs/2406.02507). Images are [N, C, H, W] in [-1, 1]; `t` is int64 [N] in [0, T), 0-based; noise is
+from N(0, I); labels `y` are int64 [N]. No randomness: callers pass noise and t.
 """
 
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class DiffusionModel(nn.Module):
         variance: of the reverse steps, one of VARIANCES: "fixed_large" is beta_t, "fixed_small" the variance of the
             posterior, "learned" lies between the two and is trained by the hybrid loss.
         min_snr_gamma: weights the training loss by min(SNR, gamma) relative to the loss on x_0; None: no weights.
+        guide: a worse network of the same form, such as the same one at an earlier step, for autoguidance; or none.
     """
 
     loss_weights: Tensor
@@ -53,6 +55,7 @@ class DiffusionModel(nn.Module):
         prediction_type: str = "epsilon",
         variance: str = "fixed_large",
         min_snr_gamma: float | None = None,
+        guide: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
@@ -60,6 +63,7 @@ class DiffusionModel(nn.Module):
         if variance not in VARIANCES:
             raise ValueError(f"variance {variance!r} is none of {', '.join(VARIANCES)}")
         self.network = network
+        self.guide = guide
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.variance = variance
@@ -87,29 +91,42 @@ class DiffusionModel(nn.Module):
         return mean, gather(s.posterior_variance, t, x_t)
 
     def predict(
-        self, x_t: Tensor, t: Tensor, clip_denoised: bool = True, y: Tensor | None = None, guidance_scale: float = 1.0
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        y: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
     ) -> Prediction:
         """The network's estimate of the clean image and of the noise.
 
         Args:
             clip_denoised: clip x_0 to [-1, 1], the range of the data; eps is then the noise that fits the clipped x_0.
             guidance_scale: of classifier-free guidance: 1 is the conditional model, 0 the one without labels. At any
-                other value than 1 the network sees twice as many images. A learned variance is the conditional one.
+                other value than 1 the network sees twice as many images.
+            autoguidance_scale: 1 is the model, 0 its guide; above 1, the prediction goes as many times as far from the
+                guide's. At any other value than 1 the guide sees the images too. The two kinds of guidance add up.
+                A learned variance is that of the network, unguided.
         """
         if y is None or guidance_scale == 1:
-            return self.interpret(self.run_network(x_t, t, y), x_t, t, clip_denoised)
-        labels = torch.cat([y, torch.full_like(y, self.num_classes)])
-        conditional, unconditional = self.run_network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
-        # Linear in the output, so it is the same guidance for every prediction type.
-        output = unconditional + guidance_scale * (conditional - unconditional)
-        if self.variance == "learned":
-            output = torch.cat([output.chunk(2, dim=1)[0], conditional.chunk(2, dim=1)[1]], dim=1)
+            output = plain = self.run_network(x_t, t, y)
+        else:
+            labels = torch.cat([y, torch.full_like(y, self.num_classes)])
+            plain, unconditional = self.run_network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
+            # Linear in the output, so it is the same guidance for every prediction type.
+            output = unconditional + guidance_scale * (plain - unconditional)
+        if autoguidance_scale != 1:
+            if self.guide is None:
+                raise ValueError("autoguidance: the model has no guide")
+            output = output + (autoguidance_scale - 1) * (plain - _run(self.guide, x_t, t, y))
+        if self.variance == "learned" and output is not plain:
+            output = torch.cat([output.chunk(2, dim=1)[0], plain.chunk(2, dim=1)[1]], dim=1)
         return self.interpret(output, x_t, t, clip_denoised)
 
     def run_network(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The raw output of the network in the dtype of x_t."""
-        output: Tensor = self.network(x_t, t) if y is None else self.network(x_t, t, y)
-        return output.to(x_t.dtype)
+        return _run(self.network, x_t, t, y)
 
     def interpret(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool) -> Prediction:
         """The meaning of an output of the network for x_t, under any prediction type."""
@@ -183,3 +200,8 @@ class DiffusionModel(nn.Module):
     def _signal_and_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         s = self.schedule
         return gather(s.sqrt_alphas_cumprod, t, like), gather(s.sqrt_one_minus_alphas_cumprod, t, like)
+
+
+def _run(network: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    output: Tensor = network(x_t, t) if y is None else network(x_t, t, y)
+    return output.to(x_t.dtype)

@@ -9,6 +9,7 @@ each coefficient w, since without it noise with the covariance of the images is 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -101,8 +102,13 @@ def wavelet_distance(images: Tensor, reference: Normal) -> tuple[float, float]:
     """
     if len(images) < FEWEST or not bool(reference.covariance.isfinite().all()):
         return math.nan, math.nan
-    total, groups = packet_sums(images), images.chunk(min(GROUPS, len(images) // 2))
     # The sums of a group again, since those of all groups together are gigabytes for large images.
-    without = torch.stack([frechet_distances((total - packet_sums(g)).normal(), reference).mean() for g in groups])
-    error = ((len(groups) - 1) * without.var(correction=0)).sqrt().item()
+    parts = map(packet_sums, images.chunk(min(GROUPS, len(images) // 2)))
+    return jackknifed(packet_sums(images), parts, reference)
+
+
+def jackknifed(total: Sums, groups: Iterable[Sums], reference: Normal) -> tuple[float, float]:
+    """The mean distance over the packets, and its standard error from leaving out each group of the total in turn."""
+    without = torch.stack([frechet_distances((total - group).normal(), reference).mean() for group in groups])
+    error = ((len(without) - 1) * without.var(correction=0)).sqrt().item()
     return frechet_distances(total.normal(), reference).mean().item(), error

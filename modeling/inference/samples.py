@@ -70,7 +70,8 @@ def denoise(
     abar = model.schedule.table()
 
     def predict(x_t: Tensor, t: Tensor) -> Prediction:
-        prediction = model.predict(x_t, t, sampler.clip_denoised, y, sampler.guidance_scale)
+        scales = sampler.guidance_scale, sampler.autoguidance_scale
+        prediction = model.predict(x_t, t, sampler.clip_denoised, y, *scales)
         if seen:
             seen(x_t, t)
         return prediction

@@ -158,6 +158,7 @@ class TrainerConfig(Group):
     random_flip: bool
     timestep_sampling: str = one_of("uniform", "stratified")
     label_dropout: float = fraction()
+    guide_at: float | None = setting(lambda v: v is None or 0 < v < 1, "must lie in (0, 1), or null for no guide")
     log_every: int = positive(affects="outputs")
     evaluate_every: int = positive(affects="outputs")
     evaluate_images: int = positive(affects="outputs")
@@ -187,6 +188,7 @@ class SamplerConfig(Group):
     batch_size: int = positive()
     seed: int = not_negative()
     guidance_scale: float = not_negative()
+    autoguidance_scale: float = not_negative()
     label: str | None
     compile: bool
 
@@ -195,10 +197,15 @@ class SamplerConfig(Group):
         others = ("num_samples", "batch_size", "seed", "label", "compile")
         return {key: value for key, value in vars(self).items() if key not in others}
 
+    def evaluations(self) -> int:
+        """Of networks, an image: a step takes one, and one more for each kind of guidance."""
+        return self.steps * (1 + (self.guidance_scale != 1) + (self.autoguidance_scale != 1))
+
     def caption(self) -> str:
         """What people read about it beside samples."""
         spacing = "" if self.spacing == "uniform" else f"{self.spacing} "
         guidance = "" if self.guidance_scale == 1 else f", guidance {self.guidance_scale:g}"
+        guidance += "" if self.autoguidance_scale == 1 else f", autoguidance {self.autoguidance_scale:g}"
         label = "" if self.label is None else f", {self.label}"
         return f"{self.name}, {self.steps} {spacing}steps{guidance}{label}, seed {self.seed}"
 
@@ -264,6 +271,10 @@ class Config(TopConfig):
     wandb: WandbConfig
     named: frozenset[str] = frozenset()
     """Groups and keys that the user typed."""
+
+    def ends_matter(self) -> bool:
+        """Whether the number of steps changes the steps before the last: then a longer run is another one."""
+        return self.optimizer.lr_decay != "none" or self.trainer.guide_at is not None
 
     def names(self, group: str) -> bool:
         """Whether the user asked for something in a group, so that a model file must agree with it."""

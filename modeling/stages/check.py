@@ -129,7 +129,9 @@ def _speed_and_memory(config: Config, compute: Compute, prepared: Prepared | Non
         yield Finding(NOTE, f"{text}; {SHORTER}")
     else:
         yield Finding(OK, f"{text}; evaluation and sampling come on top")
-    size = sum(p.numel() for p in model.parameters()) * 4 * (3 * STATE_COPIES + 1)  # two checkpoints and one in writing
+    guides = config.trainer.guide_at is not None
+    copies = 3 * (STATE_COPIES + guides) + 1 + guides  # two checkpoints, one in writing, and the model file
+    size = sum(p.numel() for p in model.parameters()) * 4 * copies
     space = shutil.disk_usage(state_root()).free
     mark, more = (OK, "") if size < space else (BAD, "; python -m modeling.commands.runs lists what may go")
     yield Finding(mark, f"disk: {size / 1e9:.2f} GB needed, {space / 1e9:.1f} GB free in {state_root()}{more}")

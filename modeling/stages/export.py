@@ -14,4 +14,5 @@ def run(config: Config, out: Path) -> None:
     """Writes diffusers/ under `out`."""
     model, meta, _ = load_for(config, out)
     save_diffusers(out / "diffusers", model.network.state_dict(), model.schedule.betas, meta)
-    log.info("pipeline for diffusers: %s; its scheduler is DDPM, sampler.* is no part of it", out / "diffusers")
+    left_out = "sampler.* is" if model.guide is None else "sampler.* and the guide are"
+    log.info("pipeline for diffusers: %s; its scheduler is DDPM, %s no part of it", out / "diffusers", left_out)

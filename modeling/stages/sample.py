@@ -55,15 +55,17 @@ def check_sampling(config: Config, model: DiffusionModel, meta: dict[str, Any]) 
     """Raises ConfigError, before any work, unless the model can be sampled from as the sampler group says."""
     classes = meta["classes"] if model.num_classes else []
     dropout = meta["config"].get("trainer", {}).get("label_dropout", 0.0)
-    check_sampler(config.sampler, model.schedule.num_timesteps, classes, dropout)
+    check_sampler(config.sampler, model.schedule.num_timesteps, classes, dropout, model.guide is not None)
 
 
 def place_trained(model: DiffusionModel, sampler: SamplerConfig, compute: Compute) -> DiffusionModel:
-    """The model on the device, its network compiled if sampler.compile says so."""
+    """The model on the device, its network and its guide compiled if sampler.compile says so."""
     model = compute.place_model(model)
     if sampler.compile:
-        # Its method, not the module: the names of the weights stay.
-        model.network.forward = compute.compiled(model.network.forward, True)
+        guide = None if sampler.autoguidance_scale == 1 else model.guide
+        for network in filter(None, (model.network, guide)):
+            # Its method, not the module: the names of the weights stay.
+            network.forward = compute.compiled(network.forward, True)
     return model
 
 
@@ -95,7 +97,7 @@ def sampling_facts(config: Config, model: DiffusionModel, meta: dict[str, Any], 
     options = {k: v for k, v in vars(s).items() if k not in ("name", "steps", "num_samples", "batch_size")}
     return {
         "sampler": s.name,
-        "nfe": s.steps if s.guidance_scale == 1 else 2 * s.steps,  # guided: with and without the label
+        "nfe": s.evaluations(),
         **options,
         "variance": model.variance,
         "precision": "bf16" if compute.bf16 else "float32",

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from modeling.build import build_model, check_sampler, check_schedule
-from modeling.checkpoints.model_file import save_model
+from modeling.checkpoints.model_file import save_model, with_guide
 from modeling.checkpoints.run_folder import Run, write_notes
 from modeling.data.prepared import Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
@@ -50,7 +50,8 @@ def run(config: Config, out: Path) -> None:
     data = ensure_prepared(config, config.data)
     classes = data.classes if config.model.class_conditional else []
     # Now, not after the training.
-    check_sampler(config.sampler, config.diffusion.num_timesteps, classes, config.trainer.label_dropout)
+    learned = config.trainer.label_dropout, config.trainer.guide_at is not None
+    check_sampler(config.sampler, config.diffusion.num_timesteps, classes, *learned)
     if config.stage == "train" and "DVC_STAGE" not in os.environ:  # else stage validate has said it
         check_schedule(config.diffusion)
     model = build_model(config.model, config.diffusion, data.shape, len(data.classes), config.seed)
@@ -118,7 +119,8 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
     finally:
         progress.close()
         wandb_run.finish(exit_code)
-    sha256 = save_model(out / "models" / "model.safetensors", trainer.ema.model.state_dict(), about)
+    tensors = with_guide(trainer.ema.model.state_dict(), trainer.state.guide)
+    sha256 = save_model(out / "models" / "model.safetensors", tensors, about)
     # How evaluation finds the W&B run of a model.
     write_notes(run.folder, run.notes | {"weights_sha256": sha256, "finished": True})
     reports.publish(out / "reports", {"parameters": parameters, "made_on": compute.describe()})

@@ -39,7 +39,8 @@ def run(config: Config, out: Path) -> None:
         with torch.device("meta"):  # without memory
             build_network(config.model, config.diffusion, shape, len(classes))
         known = classes if config.model.class_conditional else []
-        check_sampler(config.sampler, config.diffusion.num_timesteps, known, config.trainer.label_dropout)
+        learned = config.trainer.label_dropout, config.trainer.guide_at is not None
+        check_sampler(config.sampler, config.diffusion.num_timesteps, known, *learned)
     for needed in (out / "models", out / "reports"):
         make_writable(needed)
     write_atomic(out / "data" / "validated", b"what the pipeline was asked for can run\n")

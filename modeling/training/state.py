@@ -45,6 +45,7 @@ class TrainingState:
         self.step = 0  # optimizer steps done
         self.images = 0  # seen in them
         self.seconds = 0.0  # of training and saving, without evaluation and sampling
+        self.guide: dict[str, Tensor] | None = None  # averaged weights of the network at an earlier step, on the CPU
         self.sums: dict[
             str, Tensor
         ] = {}  # of each logged value since the last log, float64 on the device if it has that,
@@ -57,6 +58,11 @@ class TrainingState:
             self.sums, self.count = dict.fromkeys(values, zero), 0
         self.sums = {name: self.sums[name] + value for name, value in values.items()}
         self.count += 1
+
+    def keep_guide(self) -> None:
+        """The averaged weights, as they are now, are the guide."""
+        weights = self.ema.model.network.state_dict()
+        self.guide = {name: value.detach().cpu().clone() for name, value in weights.items()}
 
     def mean_loss(self) -> float:
         """The mean loss since the last call of `means`, after at least one step. Waits for the device."""
@@ -104,6 +110,7 @@ class TrainingState:
             "count": self.count,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
+            "guide": self.guide,
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -118,6 +125,7 @@ class TrainingState:
                 raise ValueError("it is of another optimizer")
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
+            self.guide = self._as_guide(state.get("guide"))  # those of earlier versions have none
             options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
             self.optimizer.load_state_dict(state["optimizer"])
             for group, own in zip(self.optimizer.param_groups, options, strict=True):
@@ -132,6 +140,14 @@ class TrainingState:
             if out_of_memory(error):
                 raise
             raise Damaged(short(error)) from None
+
+    def _as_guide(self, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """A guide that was saved, as it is; ValueError if it is of another network."""
+        own = self.ema.model.network.state_dict()
+        shapes = None if state is None else {name: value.shape for name, value in state.items()}
+        if shapes not in (None, {name: value.shape for name, value in own.items()}):
+            raise ValueError("its guide is of another network")
+        return state
 
     def _lay_out_moments(self) -> None:
         """Gives the optimizer's state the memory layout of the parameters, which fused kernels assume."""

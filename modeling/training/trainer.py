@@ -64,6 +64,7 @@ def grid_sampler(config: TrainerConfig) -> SamplerConfig:
         batch_size=without_gradients(config, GRID_BATCH),
         seed=0,
         guidance_scale=1.0,
+        autoguidance_scale=1.0,
         label=None,
         compile=False,
     )
@@ -135,6 +136,7 @@ class Trainer:
         """
         self.model.train()
         self.state.resume(self.folder, self.config.steps)
+        self._keep_guide()
         saved, saved_at = self.step, time.monotonic()
         self.reporter.started(self.step)
         self._since = time.perf_counter()
@@ -193,6 +195,15 @@ class Trainer:
         self.divergence.add(loss, norm)
         self.state.step += 1
         self.state.images += self.config.batch_size
+        self._keep_guide()
+
+    def _keep_guide(self) -> None:
+        """Keeps the guide once its step is done; at once where the checkpoint of another run, without one, is later."""
+        at = self.config.guide_at
+        if at is None:
+            self.state.guide = None
+        elif self.state.guide is None and self.step >= at * self.config.steps:
+            self.state.keep_guide()
 
     def _pass(self, inputs: StepInputs, part: slice) -> Tensor:
         """Adds the gradient of a part of the batch to the parameters' and returns its share of the step's loss."""

@@ -10,7 +10,7 @@ from helpers.training import DIFFUSION, MODEL, make
 from safetensors.torch import save_file
 
 from modeling.build import build_model
-from modeling.checkpoints.model_file import load_model, load_trained, requested_variance, save_model
+from modeling.checkpoints.model_file import load_model, load_trained, requested_variance, save_model, with_guide
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.training.state import CheckpointFolder
 
@@ -63,9 +63,11 @@ def test_a_checkpoint_is_the_model_that_its_training_would_publish(tmp_path):
     loaded, meta = load_trained(tmp_path)  # the newest
     assert meta["steps"] == 9 and meta["config"] == CONFIG and not loaded.training
     average = trainer.ema.model.state_dict()
-    save_model(tmp_path / "m", average, ABOUT)
+    save_model(tmp_path / "m", with_guide(average, trainer.state.guide), ABOUT)
     assert meta["sha256"] == load_trained(tmp_path / "m")[1]["sha256"]
-    assert all(torch.equal(tensor, average[name]) for name, tensor in loaded.state_dict().items())
+    found = loaded.network.state_dict(prefix="network.")
+    assert all(torch.equal(tensor, average[name]) for name, tensor in found.items())
+    assert all(torch.equal(w, trainer.state.guide[name]) for name, w in loaded.guide.state_dict().items())
     before = tmp_path / "step-000000008.pt"
     loaded, meta = load_trained(before)
     assert meta["steps"] == 8 and not torch.equal(
@@ -80,6 +82,14 @@ def test_a_checkpoint_is_the_model_that_its_training_would_publish(tmp_path):
     (tmp_path / "fresh/run.json").touch()
     with pytest.raises(UserError, match=r"no checkpoint in .*fresh yet"):
         load_trained(tmp_path / "fresh")
+
+
+def test_tensors_that_are_no_guide_are_refused(tmp_path, model):
+    guide = {name: weight.clone() for name, weight in model.network.state_dict().items()}
+    for wrong in ({"w": torch.zeros(1)}, dict([*guide.items()][1:]), guide | {"conv_in.weight": torch.zeros(1)}):
+        save_model(tmp_path / "m", with_guide(model.state_dict(), wrong), ABOUT)
+        with pytest.raises(UserError, match="is not what it says"):
+            load_trained(tmp_path / "m")
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,52 @@ def test_guidance_extrapolates_the_prediction(prediction_type, scale, variance, 
         torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
         assert variance != "learned" or torch.equal(fraction[:, 0, 0, 0], y / 2.0)  # of the conditional prediction
     assert seen == [3 if scale == 1 else 6] * 2
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("labels", [None, [1, 0, 0]])
+def test_autoguidance_goes_away_from_the_guide(prediction_type, labels, generator):
+    """x_0 moves on the line from the guide's to the network's, beside what classifier-free guidance adds.
+
+    A learned variance is the network's own.
+    """
+    schedule, calls = NoiseSchedule(linear_betas(20, 1e-3, 0.2)), []
+
+    def saying(*values):
+        """A network that says that x_0 is the value of the class, the last one without a label."""
+
+        def network(x, t, y=None):
+            calls.append((values, len(x)))
+            y = torch.full((len(x),), 2) if y is None else y
+            x_0 = torch.tensor(values, dtype=x.dtype)[y].reshape(-1, 1, 1, 1).expand_as(x)
+            out = output_for(x_0, x, schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1), prediction_type)
+            return torch.cat([out, torch.full_like(x, values[2])], 1)
+
+        network.num_classes = 2
+        return network
+
+    model = DiffusionModel(saying(0.3, -0.1, 0.2), schedule, prediction_type, "learned")
+    model.guide = saying(0.2, 0.1, 0.05)
+    y, t = labels and torch.tensor(labels), torch.tensor([0, 7, 19])
+    x = torch.randn(3, 3, 2, 2, generator=generator, dtype=torch.float64)
+    none, own, guides = 0.2, torch.tensor([-0.1, 0.3, 0.3]), torch.tensor([0.1, 0.2, 0.2])
+    if labels is None:
+        own, guides = torch.full((3,), 0.2), torch.full((3,), 0.05)
+    for scale in (1.0,) if labels is None else (1.0, 2.0):
+        for auto in (0.0, 1.0, 3.0):
+            calls.clear()
+            x_0, eps, fraction = model.predict(x, t, False, y, scale, auto)
+            expected = own + (scale - 1) * (own - none) + (auto - 1) * (own - guides)
+            torch.testing.assert_close(x_0, expected.double().reshape(3, 1, 1, 1).expand_as(x), rtol=0, atol=1e-6)
+            torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
+            assert torch.equal(fraction, torch.full_like(x, 0.6))
+            assert [count for _, count in calls] == [3 if scale == 1 else 6] + [3] * (auto != 1)
+    x_0, eps, _ = model.predict(x, t, True, y, 1.0, 9.0)
+    assert x_0.abs().max() <= 1
+    torch.testing.assert_close(model.q_sample(x_0, t, eps), x)
+
+
+def test_autoguidance_needs_a_guide():
+    model = DiffusionModel(lambda x, t: x, NoiseSchedule(torch.tensor([0.1])))
+    with pytest.raises(ValueError, match="the model has no guide"):
+        model.predict(torch.zeros(1, 1, 2, 2), torch.tensor([0]), autoguidance_scale=2.0)

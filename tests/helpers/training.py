@@ -31,6 +31,7 @@ def sgd(**changes):
 def trainer_config(**changes):
     values = {"steps": 10, "batch_size": 4, "ema_decay": 0.9, "log_every": 3, "evaluate_every": 5}
     values |= {"evaluate_images": 6, "sample_every": 7, "sample_images": 2, "sample_steps": 2, "checkpoint_every": 4}
+    values |= {"guide_at": 0.45}
     return group("trainer", "default", **values | changes)
 
 
@@ -77,6 +78,6 @@ def make(folder, recorder=None, optimizer=None, model=MODEL, diffusion=DIFFUSION
 
 
 def weights(trainer):
-    """All weights and their average, as one vector."""
-    averaged = trainer.ema.model.parameters()
-    return torch.cat([p.detach().flatten() for p in (*trainer.parameters, *averaged)])
+    """All weights, their average and the guide's, as one vector."""
+    averaged, guide = trainer.ema.model.parameters(), trainer.state.guide or {}
+    return torch.cat([p.detach().flatten() for p in (*trainer.parameters, *averaged, *guide.values())])

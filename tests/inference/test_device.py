@@ -243,6 +243,22 @@ def test_a_sampler_with_compile_runs_a_compiled_network(model, counter):
     assert counter.frame_count > 0 and list(compiled.state_dict()) == names
 
 
+def test_a_guide_is_compiled_too(counter):
+    """In one graph with the network, whose code it shares, and with its own weights."""
+    model = build_model(group("model", "tiny", **SMALL), DIFFUSION, (3, 8, 8), 0, 0, has_guide=True).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    guided = sampler(autoguidance_scale=2.0)
+    plain, alone = (draw_samples(model, each, range(2), (3, 8, 8), CPU) for each in (guided, sampler()))
+    own = model.guide.forward
+    place_trained(model, sampler(compile=True), CPU)
+    assert model.guide.forward == own  # which is not asked
+    compiled = place_trained(model, sampler(compile=True, autoguidance_scale=2.0), CPU)
+    assert compiled.guide.forward != own
+    found = draw_samples(compiled, guided, range(2), (3, 8, 8), CPU)
+    assert torch.equal(found, plain) and not torch.equal(found, alone) and counter.frame_count > 0
+
+
 @NEEDS_CUDA
 def test_cuda_trains_and_samples_as_the_cpu_does(model):
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 9])

@@ -89,6 +89,10 @@ def test_grid_has_a_row_for_each_class():
     ("changes", "line"),
     [
         ({"guidance_scale": 2.0}, "sampler.guidance_scale=2.0: with trainer.label_dropout=0 the model"),
+        (
+            {"autoguidance_scale": 2.0},
+            "sampler.autoguidance_scale=2.0: the model has no guide; trainer.guide_at=0.5 keeps",
+        ),
         ({"steps": 1001}, "sampler.steps=1001: the model has "),
         ({"label": "c"}, "sampler.label=c: allowed are a, b"),
     ],

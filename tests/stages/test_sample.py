@@ -48,6 +48,21 @@ def test_a_file_from_before_there_were_spacings_is_sampled_as_it_was():
 
 
 @pytest.mark.parametrize(
+    ("scales", "evaluations", "text"),
+    [
+        ((1.0, 1.0), 4, ""),
+        ((2.5, 1.0), 8, ", guidance 2.5"),
+        ((1.0, 3.0), 8, ", autoguidance 3"),
+        ((0.0, 0.0), 12, ", guidance 0, autoguidance 0"),
+    ],
+)
+def test_what_guidance_costs_and_is_called(scales, evaluations, text):
+    guidance, autoguidance = scales
+    made = group("sampler", "ddim", steps=4, guidance_scale=guidance, autoguidance_scale=autoguidance)
+    assert made.evaluations() == evaluations and made.caption() == f"ddim, 4 steps{text}, seed 0"
+
+
+@pytest.mark.parametrize(
     "lie",
     [
         {"name": "x"},

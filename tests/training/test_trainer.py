@@ -13,7 +13,7 @@ from helpers.cuda import NEEDS_CUDA
 from helpers.training import CPU, DIFFUSION, SMALL, Recorder, adam, make, sgd, weights
 
 from modeling.build import build_model
-from modeling.checkpoints.checkpoint import checkpoints, read_checkpoint
+from modeling.checkpoints.checkpoint import Damaged, checkpoints, read_checkpoint
 from modeling.diffusion.layers import Dropout
 from modeling.inference.device import choose_compute
 from modeling.inference.held_out import held_out_losses
@@ -78,9 +78,48 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(tmp_path, whole):
 @pytest.mark.parametrize("steps", [7, 10])
 def test_a_finished_run_is_extended_but_trains_nothing_again(tmp_path, whole, steps):
     recorder = Recorder()
-    make(tmp_path, recorder, steps=steps).run()
+    make(tmp_path, recorder, steps=steps, guide_at=4.5 / steps).run()
     check_resumed(tmp_path, recorder, steps, whole)
     assert recorder.steps == list(range(1, 11))
+
+
+@pytest.mark.parametrize(("guide_at", "step"), [(0.01, 1), (0.4, 4), (0.45, 5), (0.99, 10)])
+def test_the_guide_is_the_average_of_its_step(tmp_path, guide_at, step):
+    averages = {}
+
+    class Watch(Recorder):
+        def stepped(self, step, loss):
+            averages[step] = {name: w.clone() for name, w in trainer.ema.model.network.state_dict().items()}
+
+    trainer = make(tmp_path, Watch(), guide_at=guide_at, checkpoint_every=1)
+    trainer.run()
+    assert trainer.state.guide.keys() == averages[step].keys()
+    assert all(torch.equal(weight, averages[step][name]) for name, weight in trainer.state.guide.items())
+
+
+def test_a_run_that_starts_later_than_its_guide_takes_what_it_starts_from(tmp_path):
+    """A checkpoint of a run without one, taken up with trainer.resume; and the other way round."""
+    make(tmp_path / "a", steps=6, guide_at=None).run()
+    start = checkpoints(tmp_path / "a")[-1]
+    average = read_checkpoint(start)["ema"]["model"]
+    trainer = make(tmp_path / "b", guide_at=0.2)
+    trainer.folder = CheckpointFolder(tmp_path / "b", start=start)
+    trainer.run()
+    assert {f"network.{name}" for name in trainer.state.guide} == average.keys()
+    assert all(torch.equal(weight, average[f"network.{name}"]) for name, weight in trainer.state.guide.items())
+    without = make(tmp_path / "c", guide_at=None)
+    without.folder = CheckpointFolder(tmp_path / "c", start=checkpoints(tmp_path / "b")[-1])
+    without.run()
+    assert without.state.guide is None
+
+
+def test_a_guide_of_another_network_is_damage(tmp_path):
+    trainer = make(tmp_path, steps=5)
+    trainer.run()
+    state = read_checkpoint(checkpoints(tmp_path)[-1])
+    for wrong in ({"w": torch.zeros(1)}, 3, {name: weight[:1] for name, weight in state["guide"].items()}):
+        with pytest.raises(Damaged):
+            trainer.state.load_state_dict(state | {"guide": wrong})
 
 
 def test_a_state_beyond_the_last_step_is_not_trained_on(tmp_path):
@@ -201,9 +240,11 @@ def test_steps_are_the_definition(tmp_path, micro_batch_size, parts):
         for k, (parameter, gradient) in enumerate(zip(reference.parameters(), gradients, strict=True)):
             parameter.data -= rate * min(1, 0.7 / norm) * gradient
             average[k] = decay * average[k] + (1 - decay) * parameter.detach()
+        if step + 1 == 3:  # the first after 0.45 of the steps
+            guide = [each.clone() for each in average]
         losses, norms, rates = [*losses, loss.item()], [*norms, norm], [*rates, rate]
     trainer.run()
-    expected = torch.cat([p.detach().flatten() for p in (*reference.parameters(), *average)])
+    expected = torch.cat([p.detach().flatten() for p in (*reference.parameters(), *average, *guide)])
     torch.testing.assert_close(weights(trainer), expected, rtol=0, atol=1e-6)
     for step in (2, 4, 6):
         row = recorder.rows[step]
