@@ -45,6 +45,11 @@ def test_what_changes_weights_changes_the_name():
     assert run_of("precision=bf16", bf16=True).name == run_of(bf16=True).name, "the precision that is used counts"
 
 
+@pytest.mark.parametrize("placed", ["optimizer.lr_decay=linear", "trainer.guide_at=0.5"])
+def test_a_longer_run_is_another_one_where_the_last_step_decides_on_earlier_ones(placed):
+    assert run_of(placed).name != run_of(placed, "trainer.steps=9").name != run_of("trainer.steps=9").name
+
+
 def test_notes_that_cannot_be_read_are_made_again(root):
     for content in ("{", "[]", '{"wandb_id": 3}'):
         (root / "run.json").write_text(content)
