@@ -39,7 +39,7 @@ def check_sampler(
     require(bool(classes) or s.label is None, "sampler.label", s.label, why)
     why = "with trainer.label_dropout=0 the model learns no prediction without a label"
     require(label_dropout > 0 or not guided, "sampler.guidance_scale", s.guidance_scale, why)
-    why = "the model has no guide; trainer.guide_at=0.5 keeps one in training"
+    why = "the model has no guide; 1 is none, and trainer.guide_at=0.5 keeps one in training"
     require(has_guide or s.autoguidance_scale == 1, "sampler.autoguidance_scale", s.autoguidance_scale, why)
     allowed = f"allowed are {', '.join(classes)}, or null for all"
     require(s.label is None or s.label in classes, "sampler.label", s.label, allowed)

@@ -10,6 +10,7 @@ shapes, so look at the pictures too.
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from benchmarks.command import run_study
@@ -30,8 +33,10 @@ from modeling.inference.device import Compute
 from modeling.inference.images import to_model
 from modeling.inference.samples import draw_samples
 from modeling.reliability.errors import UserError
-from modeling.reliability.files import state_root
+from modeling.reliability.files import state_root, write_atomic
 from modeling.reliability.terminal import counted
+from modeling.settings.groups import DataConfig
+from modeling.settings.keys import affects
 from modeling.stages.sample import as_recipe, check_sampling, load_for
 
 WIDTHS = (64, 128, 256)  # channels; each level halves the image
@@ -110,13 +115,13 @@ def kept(data: Prepared, passes: int, compute: Compute) -> Judge:
     parts = f"{data.sha256['train']} {passes} {compute.bf16} {Path(__file__).read_text()}"
     name = f"judge-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.safetensors"
     path = state_root() / "runs" / "reference" / name
-    if path.exists():
+    with suppress(OSError, RuntimeError, SafetensorError):  # absent, or damaged
         judge = Judge(data.shape[0], len(data.classes))
-        judge.load_state_dict(load_file(path))
+        judge.load_state_dict(load_safetensors(path.read_bytes()))
         return judge.to(compute.device).eval()
     judge = trained(data.train, len(data.classes), passes, compute)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in judge.state_dict().items()}, path)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in judge.state_dict().items()}
+    write_atomic(path, safetensors_bytes(weights))
     return judge
 
 
@@ -137,27 +142,31 @@ def sums(features: Tensor) -> Sums:
     return Sums(len(features), features.sum(0)[None], (features.T @ features)[None])
 
 
-def drawn(overrides: list[str], samples: int) -> tuple[str, Tensor, Tensor]:
-    """The title, the images and the labels of a model's samples."""
+def drawn(overrides: list[str], samples: int) -> tuple[DataConfig, tuple[str, Tensor, Tensor]]:
+    """What a model was trained on; the title, the images and the labels of its samples."""
     config = configure(*overrides)
     compute = compute_of(config)
-    model, meta, _ = load_for(config, Path(config.out_dir or "."))
+    model, meta, data = load_for(config, Path(config.out_dir or "."))
     if not model.num_classes:
         raise UserError("the judge asks which class a sample is of, and the model has learned none")
     config = as_recipe(config, meta)
     check_sampling(config, model, meta)
     images = draw_samples(compute.place_model(model), config.sampler, range(samples), meta["image_shape"], compute)
-    return f"{meta['steps']:,} steps: {config.sampler.caption()}", images, torch.arange(samples) % model.num_classes
+    labels = torch.arange(samples) % model.num_classes
+    return data, (f"{meta['steps']:,} steps: {config.sampler.caption()}", images, labels)
 
 
 def measure(overrides: list[str], samples: int, passes: int, models: str) -> dict[str, Any]:
     """A row for each set of images."""
     config = configure(*overrides)
-    data, compute = ensure_prepared(config, config.data), compute_of(config)
+    compute = compute_of(config)
     if samples < 2 * GROUPS:
         raise UserError(f"--samples={samples}: at least {2 * GROUPS}, for an error of the distance")
     files = [[f"model.weights={path}"] for path in models.split(",") if path] or [[]]
-    sets = [drawn([*overrides, *file], samples) for file in files]
+    made_for, sets = zip(*(drawn([*overrides, *file], samples) for file in files), strict=True)
+    if any(affects(each, "weights") != affects(made_for[0], "weights") for each in made_for):
+        raise UserError("--models: they have learned from different data, and a judge knows one of them")
+    data = ensure_prepared(config, made_for[0])
     judge = kept(data, passes, compute)
     features, classes = seen(judge, data.test.images, compute)
     reference = sums(features).normal()

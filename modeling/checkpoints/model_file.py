@@ -74,7 +74,11 @@ def _load_average(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = read_checkpoint(path)
     except Damaged as error:
         raise UserError(f"checkpoint {path} is damaged: {error}") from None
-    return with_guide(state["ema"]["model"], state.get("guide")), dict(state["about"]) | {"steps": state["step"]}
+    about = dict(state["about"]) | {"steps": state["step"]}
+    recipe = about.get("config", {}).get("sampler", {})
+    if state.get("guide") is None and "autoguidance_scale" in recipe:  # not yet
+        recipe["autoguidance_scale"] = 1.0
+    return with_guide(state["ema"]["model"], state.get("guide")), about
 
 
 def newest(path: Path) -> Path:

@@ -143,9 +143,10 @@ class TrainingState:
 
     def _as_guide(self, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """A guide that was saved, as it is; ValueError if it is of another network."""
-        own = self.ema.model.network.state_dict()
-        shapes = None if state is None else {name: value.shape for name, value in state.items()}
-        if shapes not in (None, {name: value.shape for name, value in own.items()}):
+        if state is None:
+            return None
+        shapes = {name: value.shape for name, value in state.items()}
+        if shapes != {name: value.shape for name, value in self.ema.model.network.state_dict().items()}:
             raise ValueError("its guide is of another network")
         return state
 

@@ -200,9 +200,10 @@ class Trainer:
     def _keep_guide(self) -> None:
         """Keeps the guide once its step is done; at once where the checkpoint of another run, without one, is later."""
         at = self.config.guide_at
-        if at is None:
-            self.state.guide = None
-        elif self.state.guide is None and self.step >= at * self.config.steps:
+        due = None if at is None else math.ceil(round(at * self.config.steps, 6))  # 0.55 of 100 is above 55 in floats
+        if due is None or self.step < due:
+            self.state.guide = None  # that of a shorter run, from whose checkpoint this one goes on
+        elif self.state.guide is None:
             self.state.keep_guide()
 
     def _pass(self, inputs: StepInputs, part: slice) -> Tensor:

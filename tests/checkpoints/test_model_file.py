@@ -84,6 +84,16 @@ def test_a_checkpoint_is_the_model_that_its_training_would_publish(tmp_path):
         load_trained(tmp_path / "fresh")
 
 
+def test_a_checkpoint_from_before_its_guide_is_sampled_without_one(tmp_path):
+    trainer = make(tmp_path, steps=9, guide_at=0.95)
+    about = ABOUT | {"config": CONFIG | {"sampler": {"autoguidance_scale": 2.5}}}
+    trainer.folder = CheckpointFolder(tmp_path, about)
+    trainer.run()
+    for step, has_guide, scale in ((8, False, 1.0), (9, True, 2.5)):
+        loaded, meta = load_trained(tmp_path / f"step-{step:09}.pt")
+        assert (loaded.guide is not None) == has_guide and meta["config"]["sampler"] == {"autoguidance_scale": scale}
+
+
 def test_tensors_that_are_no_guide_are_refused(tmp_path, model):
     guide = {name: weight.clone() for name, weight in model.network.state_dict().items()}
     for wrong in ({"w": torch.zeros(1)}, dict([*guide.items()][1:]), guide | {"conv_in.weight": torch.zeros(1)}):

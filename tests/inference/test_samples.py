@@ -91,7 +91,7 @@ def test_grid_has_a_row_for_each_class():
         ({"guidance_scale": 2.0}, "sampler.guidance_scale=2.0: with trainer.label_dropout=0 the model"),
         (
             {"autoguidance_scale": 2.0},
-            "sampler.autoguidance_scale=2.0: the model has no guide; trainer.guide_at=0.5 keeps",
+            "sampler.autoguidance_scale=2.0: the model has no guide; 1 is none",
         ),
         ({"steps": 1001}, "sampler.steps=1001: the model has "),
         ({"label": "c"}, "sampler.label=c: allowed are a, b"),

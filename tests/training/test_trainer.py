@@ -83,7 +83,7 @@ def test_a_finished_run_is_extended_but_trains_nothing_again(tmp_path, whole, st
     assert recorder.steps == list(range(1, 11))
 
 
-@pytest.mark.parametrize(("guide_at", "step"), [(0.01, 1), (0.4, 4), (0.45, 5), (0.99, 10)])
+@pytest.mark.parametrize(("guide_at", "step"), [(0.01, 1), (0.4, 4), (0.45, 5), (0.7 + 1e-16, 7), (0.99, 10)])
 def test_the_guide_is_the_average_of_its_step(tmp_path, guide_at, step):
     averages = {}
 
@@ -107,6 +107,10 @@ def test_a_run_that_starts_later_than_its_guide_takes_what_it_starts_from(tmp_pa
     trainer.run()
     assert {f"network.{name}" for name in trainer.state.guide} == average.keys()
     assert all(torch.equal(weight, average[f"network.{name}"]) for name, weight in trainer.state.guide.items())
+    longer = make(tmp_path / "d", guide_at=0.9)  # that of step 6, which comes with the checkpoint, is not its own
+    longer.folder = CheckpointFolder(tmp_path / "d", start=checkpoints(tmp_path / "b")[0])
+    longer.run()
+    assert not torch.equal(longer.state.guide["conv_in.weight"], trainer.state.guide["conv_in.weight"])
     without = make(tmp_path / "c", guide_at=None)
     without.folder = CheckpointFolder(tmp_path / "c", start=checkpoints(tmp_path / "b")[-1])
     without.run()
