@@ -32,9 +32,10 @@ from modeling.reporting.progress import Progress
 from modeling.reporting.reports import Reports
 from modeling.settings.groups import Config
 from modeling.settings.keys import affects
+from modeling.training.at_once import grid_sampler
 from modeling.training.batches import BatchSource
 from modeling.training.state import CheckpointFolder
-from modeling.training.trainer import Reporter, Trainer, grid_sampler
+from modeling.training.trainer import Reporter, Trainer
 
 log = logging.getLogger(__name__)
 CODE = Path(__file__).parent

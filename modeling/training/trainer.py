@@ -29,45 +29,15 @@ from modeling.inference.samples import draw_samples
 from modeling.reliability.errors import Stopped
 from modeling.reliability.signals import stop_requested
 from modeling.seeds import step_seed
-from modeling.settings.groups import Config, SamplerConfig, TrainerConfig
+from modeling.settings.groups import Config
+from modeling.training.at_once import EVALUATION_BATCH, grid_sampler, images_at_once, without_gradients
 from modeling.training.batches import InputSource, StepInputs
 from modeling.training.divergence import Divergence
 from modeling.training.ema import EMA
 from modeling.training.optimizer import build_optimizer, learning_rate
 from modeling.training.state import CheckpointFolder, TrainingState
 
-# Images at a time, of which a stop waits for one batch; no batch size here changes a result.
-EVALUATION_BATCH = 100  # of the held-out loss, at most
-GRID_BATCH = 64  # of the sample grid, at most
 CHECK_EVERY = 1000  # steps between checks for divergence, if nothing else checks before
-
-
-def images_at_once(config: TrainerConfig) -> int:
-    """The most that go through the network together in a training step of this process."""
-    whole = len(share(config.batch_size))
-    return min(config.micro_batch_size or whole, whole)
-
-
-def without_gradients(config: TrainerConfig, most: int) -> int:
-    """The batch for what needs no gradients, whose images need a seventh of the memory."""
-    return min(most, 4 * images_at_once(config))
-
-
-def grid_sampler(config: TrainerConfig) -> SamplerConfig:
-    """The sampler of the sample grids, without guidance: what is near the solution of the ODE after few steps."""
-    return SamplerConfig(
-        name="unipc",
-        steps=config.sample_steps,
-        spacing="log_snr",
-        clip_denoised=True,
-        num_samples=config.sample_images,
-        batch_size=without_gradients(config, GRID_BATCH),
-        seed=0,
-        guidance_scale=1.0,
-        autoguidance_scale=1.0,
-        label=None,
-        compile=False,
-    )
 
 
 class Reporter:

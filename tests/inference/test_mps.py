@@ -17,8 +17,8 @@ from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report
 from modeling.inference.device import choose_compute, now
 from modeling.inference.samples import draw_samples
 from modeling.reliability.errors import ConfigError
+from modeling.training.at_once import grid_sampler
 from modeling.training.batches import draw_timesteps
-from modeling.training.trainer import grid_sampler
 
 
 class Device(TorchFunctionMode):
