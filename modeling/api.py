@@ -130,6 +130,8 @@ class TrainedModel:
             autoguidance_scale: of guidance by the model's guide; 1: none.
         """
         require(label is None or label in self.classes, "label", label, f"allowed are {', '.join(self.classes)}")
+        possible = autoguidance_scale == 1 or self.diffusion.guide is not None
+        require(possible, "autoguidance_scale", autoguidance_scale, "the model has no guide")
         index = len(self.classes) if label is None else self.classes.index(label)
         y = self._labels([index] * len(x_t), len(self.classes) + 1)
         with self.compute.autocast():

@@ -1,5 +1,6 @@
 """The interface for notebooks; that its images are those of the command line: tests/stages/test_pipeline.py."""
 
+import copy
 import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,10 @@ def test_what_cannot_be_asked_for_is_one_line(model, line):
 def test_labels_and_names_that_there_are_not(model):
     with pytest.raises(UserError, match="label=cow: allowed are cat, dog, owl"):
         model.predict(model.noise(1), torch.tensor([0]), "cow")
+    unguided = TrainedModel(copy.deepcopy(model.diffusion), model.meta, CPU)
+    unguided.diffusion.guide = None
+    with pytest.raises(UserError, match="autoguidance_scale=2: the model has no guide"):
+        unguided.predict(model.noise(1), torch.tensor([0]), autoguidance_scale=2)
     with pytest.raises(UserError, match="no model in nowhere"):
         modeling.load_model("nowhere")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
