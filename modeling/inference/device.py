@@ -93,19 +93,27 @@ class Compute:
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         return model.to(self.device).to(memory_format=layout)
 
-    def compiled(self, function: Callable[..., Tensor], wanted: bool | None) -> Callable[..., Tensor]:
+    def compiled(
+        self, function: Callable[..., Tensor], wanted: bool | None, replayed: bool = False
+    ) -> Callable[..., Tensor]:
         """A module or a method of one, its forward and backward pass compiled if that is wanted; None: on CUDA only.
 
         The result shares its weights. Rounding differs, and dropout draws other numbers.
+
+        `replayed`: on CUDA each pass is recorded as a CUDA graph, which then takes one call of the host, except under
+        deterministic algorithms. What a pass returned, gradients included, is overwritten by the next one.
         """
         if wanted is False or (wanted is None and self.device.type != "cuda"):
             return function
         log.info("compiling the network: its first call takes a minute or more")
         # The backward pass is compiled in a thread of autograd, where no setting holds but those given here.
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        options: dict[str, Any] | None = {"deterministic": True} if deterministic else None
+        options: dict[str, Any] = {}
+        if torch.are_deterministic_algorithms_enabled():
+            options["deterministic"] = True
+        elif replayed and self.device.type == "cuda":
+            options["triton.cudagraphs"] = True
         # One size each: for sizes that vary, the compiler gives up the memory layout of convolutions.
-        return torch.compile(function, dynamic=False, options=options)
+        return torch.compile(function, dynamic=False, options=options or None)
 
     def describe(self) -> str:
         """The device and the precision, for people."""

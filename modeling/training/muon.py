@@ -7,7 +7,7 @@ as long as one of Adam's usually is (Liu et al. 2025, https://arxiv.org/abs/2502
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,12 @@ class Muon(torch.optim.Adam):
         parameters = list(parameters)
         matrices: dict[str, Any] = {"params": [p for p in parameters if p.ndim > 1], "momentum": momentum}
         super().__init__([matrices, {"params": [p for p in parameters if p.ndim < 2]}], lr, **adam)
+        self._updates: Updates | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Without Adam's own, which mends states of old versions of PyTorch and wants Adam's for every parameter."""
         torch.optim.Optimizer.__setstate__(self, state)
+        self._updates = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Takes one step; `closure` is not used."""
@@ -54,17 +56,57 @@ class Muon(torch.optim.Adam):
         # All of them in one call, since a GPU waits for calls.
         grads, means = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(means, grads, 1 - matrices["momentum"])
-        updates = torch._foreach_lerp(grads, means, matrices["momentum"])  # one step ahead, as Nesterov's
-        alike = defaultdict(list)
-        for p, update in zip(params, updates, strict=True):
-            matrix = update.flatten(1)
-            alike[matrix.shape].append((p, matrix))
-        for shape, pairs in alike.items():
-            length = matrices["lr"] * ADAMS_LENGTH * math.sqrt(max(shape))
-            steps = orthogonal(torch.stack([matrix for _, matrix in pairs]))
-            members = [p for p, _ in pairs]
-            changes = [step.view_as(p) for p, step in zip(members, steps, strict=True)]
-            torch._foreach_add_(members, changes, alpha=-length)
+        if self._updates is None or [*map(id, self._updates.params)] != [*map(id, params)]:
+            self._updates = Updates(params)
+        updates = self._updates
+        torch._foreach_copy_(updates.views, grads)
+        torch._foreach_lerp_(updates.views, means, matrices["momentum"])  # one step ahead, as Nesterov's
+        updates.orthogonalise()
+        for stack, members, views in updates.alike:
+            length = matrices["lr"] * ADAMS_LENGTH * math.sqrt(max(stack.shape[1:]))
+            torch._foreach_add_(members, views, alpha=-length)
+
+
+class Updates:
+    """A matrix for each parameter, with those of one shape in one tensor.
+
+    A row is an output channel, with its numbers as they lie in memory: their order does not matter to the products.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = params
+        groups = defaultdict(list)
+        for p in params:
+            groups[len(p), p.numel() // len(p)].append(p)
+        self.alike = []  # for each shape: the tensor [N, rows, columns], its parameters, and views as these
+        views = {}
+        for shape, members in groups.items():
+            stack = torch.empty(len(members), *shape, dtype=members[0].dtype, device=members[0].device)
+            for p, matrix in zip(members, stack, strict=True):
+                whole = p.stride(0) * len(p) == p.numel()  # no row is scattered
+                strides = p.stride() if whole else torch.empty(p.shape, device="meta").stride()
+                views[p] = matrix.as_strided(p.shape, strides, matrix.storage_offset())
+            self.alike.append((stack, members, [views[p] for p in members]))
+        self.views = [views[p] for p in params]
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def orthogonalise(self) -> None:
+        """Replaces each matrix by the one that `orthogonal` makes of it; on CUDA by one call, the replay of a graph."""
+        if not self.views[0].is_cuda:
+            self._orthogonalise()
+            return
+        if self._graph is None:
+            for stack, *_ in self.alike:
+                orthogonal(stack)  # what is loaded or chosen at a first call cannot be recorded
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._orthogonalise()
+            self._graph = graph
+        self._graph.replay()
+
+    def _orthogonalise(self) -> None:
+        for stack, *_ in self.alike:
+            stack.copy_(orthogonal(stack))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

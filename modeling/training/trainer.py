@@ -84,12 +84,15 @@ class Trainer:
         self.state = TrainingState(model, self.ema, self.optimizer, compute.device)
         self.source = InputSource(config, data.train, model, compute)
         self.test = data.test.first(self.config.evaluate_images)
-        self.forward = compute.compiled(model, self.config.compile)
         self.divergence = Divergence(config, self.source, folder)
         # The parts of the batch that go through the network one after another.
         mine = share(self.config.batch_size)
         size = images_at_once(self.config)
         self.parts = [slice(start, min(start + size, mine.stop)) for start in range(mine.start, mine.stop, size)]
+        # Replayed only in one part, since the gradient of the first would lie where the second writes; and without
+        # dropout: with that and deterministic algorithms, a test of resuming on CUDA has failed.
+        dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+        self.forward = compute.compiled(model, self.config.compile, len(self.parts) == 1 and not dropout)
         self.last_row: dict[str, float] = {}
         self._since = 0.0  # when the time that is not yet counted as training began
 

@@ -187,6 +187,24 @@ def test_a_network_is_compiled_if_wanted_and_by_default_on_cuda(compute, wanted,
     assert counter.frame_count == compiles
 
 
+@pytest.mark.parametrize(
+    ("compute", "replayed", "deterministic", "expected"),
+    [
+        (CUDA, True, False, {"triton.cudagraphs": True}),
+        (CUDA, False, False, None),
+        (CUDA, True, True, {"deterministic": True}),
+        (CPU, True, False, None),
+        (CPU, True, True, {"deterministic": True}),
+    ],
+)
+def test_passes_are_replayed_on_cuda_alone(compute, replayed, deterministic, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: seen.append(options) or function)
+    compute.compiled(torch.nn.Linear(1, 1), True, replayed)
+    assert seen == [expected]
+
+
 def test_each_batch_size_is_compiled_for_itself(counter):
     """A compiler that expects sizes to vary gives up the layout of convolutions."""
     forward = CPU.compiled(torch.nn.Linear(3, 3), True)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers.configs import group
+from helpers.cuda import NEEDS_CUDA
 from helpers.training import adam
 from torch import nn
 
@@ -82,6 +83,28 @@ def test_muon_is_pytorchs_for_matrices_and_adam_for_the_rest(generator):
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p.view_as(q), q, rtol=1e-2, atol=1e-2)  # bf16
     assert [len(g["params"]) for g in optimizer.param_groups] == [5, 1]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_muon_takes_the_same_steps_in_any_memory_layout(device, generator):
+    """Channels-last, as on CUDA, where the products are replayed; transposed; and a gradient that is missing once."""
+    shapes = [(4, 2, 3, 3), (4, 2, 3, 3), (4, 6), (2, 4, 1, 1)]
+    rows = [nn.Parameter(torch.randn(shape, generator=generator).double()) for shape in shapes]
+    other = [nn.Parameter(p.detach().clone(memory_format=torch.channels_last)) for p in (rows[0], rows[1])]
+    other += [nn.Parameter(rows[2].detach().mT.contiguous().mT), nn.Parameter(rows[3].detach().clone())]
+    other = [nn.Parameter(p.detach().to(device)) for p in other]
+    assert [p.stride() for p in other[:3]] == [(18, 1, 6, 2)] * 2 + [(1, 4)]
+    optimizers = [build_optimizer(group("optimizer", "muon", lr=0.1), each) for each in (rows, other)]
+    for step in range(4):
+        for p, q in zip(rows, other, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).double()
+            q.grad = p.grad.to(device)
+        if step == 2:
+            rows[1].grad = other[1].grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(rows, other, strict=True):
+            torch.testing.assert_close(q.cpu(), p, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

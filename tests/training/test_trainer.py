@@ -15,7 +15,7 @@ from helpers.training import CPU, DIFFUSION, SMALL, Recorder, adam, make, sgd, w
 from modeling.build import build_model
 from modeling.checkpoints.checkpoint import Damaged, checkpoints, read_checkpoint
 from modeling.diffusion.layers import Dropout
-from modeling.inference.device import choose_compute
+from modeling.inference.device import Compute, choose_compute
 from modeling.inference.held_out import held_out_losses
 from modeling.inference.samples import draw_samples
 from modeling.reliability.errors import Stopped, UserError, explain
@@ -414,6 +414,41 @@ def test_training_on_cuda_goes_on_where_it_stopped_bit_for_bit(tmp_path, precisi
     rest.run()
     assert all(p.is_cuda for p in rest.parameters)
     assert torch.equal(weights(rest), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("dropout", "micro_batch_size", "expected"),
+    [(0.0, None, True), (0.0, 4, True), (0.0, 2, False), (0.1, None, False)],
+)
+def test_passes_are_replayed_where_nothing_is_drawn_and_no_gradient_must_last(
+    tmp_path, monkeypatch, dropout, micro_batch_size, expected
+):
+    asked = []
+    monkeypatch.setattr(Compute, "compiled", lambda self, function, wanted, replayed: asked.append((wanted, replayed)))
+    make(tmp_path, model=group("model", "tiny", **SMALL, dropout=dropout), micro_batch_size=micro_batch_size)
+    assert asked == [(None, expected)]
+
+
+@NEEDS_CUDA
+def test_replayed_steps_on_cuda_are_those_that_are_called_one_by_one(tmp_path, monkeypatch):
+    """With evaluation and sampling in between, which use the same memory; but for the order of atomic additions."""
+    cuda, model = choose_compute("cuda", "fp32"), group("model", "tiny", **SMALL, dropout=0.0)
+
+    def run(name):
+        torch.compiler.reset()
+        recorder = Recorder()
+        trainer = make(tmp_path / name, recorder, compute=cuda, model=model, compile=True)
+        trainer.run()
+        return weights(trainer).cpu(), recorder
+
+    replayed, seen = run("replayed")
+    compiled = Compute.compiled
+    monkeypatch.setattr(Compute, "compiled", lambda self, function, wanted, replayed: compiled(self, function, wanted))
+    called, expected = run("called")
+    torch.testing.assert_close(replayed, called, rtol=1e-3, atol=1e-3)
+    assert seen.rows.keys() == expected.rows.keys() and seen.grids.keys() == expected.grids.keys()
+    for step, row in expected.rows.items():
+        assert seen.rows[step] == pytest.approx(row, rel=1e-3)
 
 
 @NEEDS_CUDA
