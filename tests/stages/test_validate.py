@@ -112,6 +112,7 @@ GIVEN["tabulated"] += ["trainer.sample_steps=2", "sampler.steps=3"]
 MISFITS = {
     "tiny": {"ddpm", "patches", "linear_scaled"},
     "cifar10_cpu": {"shapes_tiny"},
+    "cifar10_gpu": {"shapes_tiny"},
     "paper": {"shapes_tiny"},
 }
 
