@@ -297,7 +297,11 @@ def test_two_trainings_at_once(monkeypatch):
     assert found["two, threads=1"]["n"] == 2 and found["two, threads=1"]["min"] > 0
 
 
-def test_profile_names_operators(capsys):
-    profile.main(arguments=["--steps=1", "model=tiny", "trainer.batch_size=2", "trainer.log_every=1"])
+def test_profile_names_operators_and_the_parts_of_a_step(capsys):
+    tiny = ["model=tiny", "trainer.batch_size=2", "trainer.micro_batch_size=1", "trainer.log_every=1"]
+    found = profile.main(arguments=["--steps=2", *tiny])
     printed = capsys.readouterr().out
     assert "model=tiny, batch 2" in printed and "convolution" in printed
+    assert all(0 < host <= done < 60_000 for host, done in found["parts"].values())
+    assert max(found["parts"], key=found["parts"].get) == "forward and backward"
+    assert [*found["parts"]] == ["the batch", "forward and backward", "clipping", "optimizer", "EMA"]

@@ -27,7 +27,7 @@ OURS = "this project"
 COMPILED = "this project, compiled"
 LOADER = "torchvision's DataLoader"
 STEPS = {"ddpm": 1000, "ddim": 50, "dpm_solver": 20}  # network evaluations of a sample, as it is usually drawn
-RECIPES = ("cifar10_cpu", "demo")  # for a CPU: whole steps, as a share of the matrix product
+RECIPES = {"cpu": ("cifar10_cpu", "demo"), "cuda": ("cifar10_gpu",)}  # whole steps, as a share of the matrix product
 UNLABELLED = ("model.class_conditional=false", "trainer.label_dropout=0", "sampler.guidance_scale=1")
 
 
@@ -61,7 +61,7 @@ def training(size: Size, elsewhere: Elsewhere) -> dict[str, Any]:
     if device.type == "cuda":
         contestants["this project, not compiled"] = project.training(make_task((*overrides, "trainer.compile=false")))
         contestants["diffusers (bf16 autocast, compiled)"] = host(peers.diffusers_training, task, True, True)
-    recipes = {name: make_task((f"experiment={name}", *UNLABELLED)) for name in RECIPES if device.type == "cpu"}
+    recipes = {name: make_task((f"experiment={name}", *UNLABELLED)) for name in RECIPES.get(device.type, ())}
     contestants |= {name: project.training(each) for name, each in recipes.items()}
     peak = "matrix product"
     contestants[peak] = matrix_product(device, torch.bfloat16 if bf16 else torch.float32, size.matrix)

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ def model_metadata(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # DVC, where main.py runs without it
+        return "not installed"
+
+
 def provenance(meta: dict[str, Any], data: dict[str, Any], details: dict[str, Any]) -> dict[str, str]:
     """Facts by their names, from the metadata of the model and of the data, and from the details of training."""
     changed = uncommitted()
@@ -54,6 +61,6 @@ def provenance(meta: dict[str, Any], data: dict[str, Any], details: dict[str, An
         "device": details.get("made_on"),
         "time of training": None if seconds is None else str(timedelta(seconds=round(seconds))),
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
     }
     return {name: value for name, value in (facts | hashes).items() if value}

@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -237,6 +238,11 @@ def test_provenance_names_what_is_in_no_commit(tmp_path, monkeypatch):
     assert provenance.provenance({}, {}, {})["changes in no commit"].startswith("a.py: ")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.git("status") is None
+
+
+def test_a_package_that_is_not_there_is_no_error(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
+    assert provenance.provenance({}, {}, {})["packages"] == f"torch {version('torch')}, no-such-package not installed"
 
 
 def test_thinning_keeps_the_ends():
