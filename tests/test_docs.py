@@ -207,7 +207,7 @@ def test_what_needs_a_network_or_hours_is_marked():
             needs = wanted.rpartition("(")[2]
             assert ("network" in needs) == (config.data.name not in ("shapes", "shapes_tiny")), command
             long = config.trainer.steps > 2000 and "stage=check" not in command
-            assert bool(re.search("hour|days|a large GPU", needs)) == long, command
+            assert bool(re.search("hour|a large GPU", needs)) == long, command
             found += 1
     assert found >= 6
 

@@ -12,6 +12,7 @@ from modeling.reliability.terminal import Bar, duration
 from modeling.settings.groups import TrainerConfig
 
 log = logging.getLogger(__name__)
+SETTLED = 3  # steps after which those of a compiled network, or on CUDA, take their usual time
 MEASURE_FOR = 5.0  # seconds of steps from which the whole time is estimated
 LONG = 24 * 3600.0  # seconds of CPU training above which shorter recipes are recommended
 SHORTER = "experiment=cifar10_cpu takes an hour or two, experiment=demo minutes"
@@ -36,16 +37,19 @@ class Progress:
     def stepped(self, step: int, loss: Callable[[], float]) -> None:
         """Counts a step; estimates the whole time once; shows the loss after the first step and when it is due.
 
-        From the first step only if it is long: it takes longer than others, minutes if the network is compiled.
+        From the first step only if it is long: it takes longer than others, minutes if the network is compiled, and on
+        CUDA the next ones record its graphs.
         """
         assert self.bar is not None
         done = step - self.first
-        if done == 1:
-            time_now, steady = now(self.device), self.device.type == "cpu" and not self.trainer.compile
+        steady = self.device.type == "cpu" and not self.trainer.compile
+        settled = 1 if steady else SETTLED
+        if done <= settled:
+            time_now = now(self.device)
             if not (steady and self._estimated(time_now - self.since, 1)):
                 self.since = time_now
         elif time.perf_counter() - self.since > MEASURE_FOR:
-            self._estimated(now(self.device) - self.since, done - 1)
+            self._estimated(now(self.device) - self.since, done - settled)
         if step == self.trainer.steps:
             self.bar.shown_at = time.perf_counter()  # `logged` will show more
         self.bar.to(step, lambda: self._values(loss()))

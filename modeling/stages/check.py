@@ -33,7 +33,7 @@ from modeling.reliability.errors import ConfigError, UserError, explain
 from modeling.reliability.files import sharers, state_root
 from modeling.reliability.signals import poll
 from modeling.reliability.terminal import duration
-from modeling.reporting.progress import LONG, SHORTER
+from modeling.reporting.progress import LONG, SETTLED, SHORTER
 from modeling.reporting.wandb_mode import wanted_mode
 from modeling.reporting.wandb_run import has_key
 from modeling.settings.groups import Config
@@ -146,8 +146,9 @@ def _noise(folder: Path, shape: list[int], classes: list[str], count: int) -> Pr
 
 def _seconds_per_step(trainer: Trainer) -> float:
     trainer.model.train()
-    trainer.train_step()  # the first takes longer
     device = trainer.compute.device
+    for _ in range(1 if device.type == "cpu" else SETTLED):  # they take longer
+        trainer.train_step()
     start = now(device)
     for steps in itertools.count(1):
         poll()

@@ -77,22 +77,24 @@ class Updates:
         self.params = params
         groups = defaultdict(list)
         for p in params:
-            groups[len(p), p.numel() // len(p)].append(p)
+            groups[len(p), math.prod(p.shape[1:]), p.dtype].append(p)
         self.alike = []  # for each shape: the tensor [N, rows, columns], its parameters, and views as these
         views = {}
-        for shape, members in groups.items():
-            stack = torch.empty(len(members), *shape, dtype=members[0].dtype, device=members[0].device)
+        for (rows, columns, dtype), members in groups.items():
+            stack = torch.empty(len(members), rows, columns, dtype=dtype, device=members[0].device)
             for p, matrix in zip(members, stack, strict=True):
-                whole = p.stride(0) * len(p) == p.numel()  # no row is scattered
-                strides = p.stride() if whole else torch.empty(p.shape, device="meta").stride()
+                strides = torch.empty_like(p, device="meta").stride()  # as of p, without holes
+                if strides[0] * rows != p.numel():  # a row would be scattered
+                    strides = torch.empty(p.shape, device="meta").stride()
                 views[p] = matrix.as_strided(p.shape, strides, matrix.storage_offset())
             self.alike.append((stack, members, [views[p] for p in members]))
         self.views = [views[p] for p in params]
+        self._replayed = params[0].is_cuda
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def orthogonalise(self) -> None:
         """Replaces each matrix by the one that `orthogonal` makes of it; on CUDA by one call, the replay of a graph."""
-        if not self.views[0].is_cuda:
+        if not self._replayed:
             self._orthogonalise()
             return
         if self._graph is None:

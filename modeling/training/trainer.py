@@ -90,7 +90,7 @@ class Trainer:
         size = images_at_once(self.config)
         self.parts = [slice(start, min(start + size, mine.stop)) for start in range(mine.start, mine.stop, size)]
         # Replayed only in one part, since the gradient of the first would lie where the second writes; and without
-        # dropout: with that and deterministic algorithms, a test of resuming on CUDA has failed.
+        # dropout, which is not understood under a replay: docs/reliability.md.
         dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
         self.forward = compute.compiled(model, self.config.compile, len(self.parts) == 1 and not dropout)
         self.last_row: dict[str, float] = {}

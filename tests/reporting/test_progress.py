@@ -60,7 +60,7 @@ def test_a_first_step_that_compiles_tells_nothing(run, monkeypatch, caplog, unst
     run(False, 3.0, first=60.0, **unsteady)
     assert "10.7 images/s: 41.7 h for 49990 steps" in caplog.text and "days for" not in caplog.text
     cuda = unsteady.get("device") == "cuda"
-    assert len(waits) == 2 * cuda and ("long for a CPU" in caplog.text) != cuda
+    assert len(waits) == 4 * cuda and ("long for a CPU" in caplog.text) != cuda
 
 
 def test_the_last_step_has_a_line(run, caplog):

@@ -11,6 +11,7 @@ import torch
 from helpers.configs import group
 from helpers.cuda import NEEDS_CUDA
 from helpers.training import CPU, DIFFUSION, SMALL, Recorder, adam, make, sgd, weights
+from torch._dynamo.utils import counters
 
 from modeling.build import build_model
 from modeling.checkpoints.checkpoint import Damaged, checkpoints, read_checkpoint
@@ -434,14 +435,24 @@ def test_replayed_steps_on_cuda_are_those_that_are_called_one_by_one(tmp_path, m
     """With evaluation and sampling in between, which use the same memory; but for the order of atomic additions."""
     cuda, model = choose_compute("cuda", "fp32"), group("model", "tiny", **SMALL, dropout=0.0)
 
+    class Watch(Recorder):
+        def stepped(self, step, loss):
+            gradients.append([p.grad.data_ptr() for p in trainer.parameters])
+
     def run(name):
+        nonlocal trainer
         torch.compiler.reset()
-        recorder = Recorder()
-        trainer = make(tmp_path / name, recorder, compute=cuda, model=model, compile=True)
+        gradients.clear()
+        recorder = Watch()
+        trainer = make(tmp_path / name, recorder, group("optimizer", "muon"), model, compute=cuda, compile=True)
         trainer.run()
         return weights(trainer).cpu(), recorder
 
+    trainer, gradients = None, []
+    counters.clear()
     replayed, seen = run("replayed")
+    assert not counters["inductor"]["cudagraph_skips"]
+    assert all(places == gradients[3] for places in gradients[3:])  # once all is recorded
     compiled = Compute.compiled
     monkeypatch.setattr(Compute, "compiled", lambda self, function, wanted, replayed: compiled(self, function, wanted))
     called, expected = run("called")
