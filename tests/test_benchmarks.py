@@ -259,6 +259,15 @@ def test_samplers_of_a_trained_model(tmp_path, monkeypatch, capsys):
     assert "training the judge" not in capsys.readouterr().err
 
 
+def test_an_image_without_a_shape_is_missing_and_no_whole_one():
+    images, _ = draw_shapes(100, 32, seed=3, split=0)
+    assert not any(map(shapes.is_missing, images))
+    empty = np.full((32, 32, 3), (30, 40, 35), np.uint8)
+    assert shapes.is_missing(empty) and shapes.is_missing((empty + images[0] // 8).astype(np.uint8))
+    found = shapes.summary([math.nan, 30.0, 10.0, 2.0], 20)
+    assert found == {"mean": 14.0, "largest": 30.0, "above": 0.25, "missing": 0.25}
+
+
 def test_the_error_of_a_shape_is_what_was_changed():
     images, labels = draw_shapes(10, 32, seed=3, split=0)
     for image, label in zip(images, labels, strict=True):

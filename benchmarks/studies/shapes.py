@@ -3,9 +3,11 @@
 For each sample of the model of out_dir, drawn as its recipe draws, the nearest shape of its class: place, size, colour
 and background by least squares. What is left is its error: root mean square over the image, in levels of 255. The
 data's own images have less than 0.3, from their rounding. A classifier takes a frame with a gap for a frame; this sees
-the gap. By class the mean error, the largest, and the share of --samples above --limit levels.
+the gap. An image of one colour fits any shape and is counted apart, as missing. By class the mean error, the largest,
+the share of --samples above --limit levels, and the share that is missing.
 """
 
+import math
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,6 +27,7 @@ from modeling.reliability.terminal import counted
 from modeling.stages.sample import as_recipe, load_for
 
 Array = npt.NDArray[np.float64]
+FAINT = 10.0  # levels: half of the least root mean square difference of an image of the data from its mean colour
 
 
 def left_over(pixels: Array, covered: Array) -> Array:
@@ -56,6 +59,11 @@ def nearest(image: npt.NDArray[np.uint8], name: str) -> float:
     return float(errors(place[None])[0])
 
 
+def is_missing(image: npt.NDArray[np.uint8]) -> bool:
+    """Whether an image [H, W, C] shows no shape."""
+    return bool(np.sqrt(image.var((0, 1)).mean()) < FAINT)
+
+
 def measure(overrides: list[str], samples: int, limit: float) -> dict[str, Any]:
     """The errors by class, and of all."""
     config = configure(*overrides)
@@ -65,26 +73,29 @@ def measure(overrides: list[str], samples: int, limit: float) -> dict[str, Any]:
         raise UserError("the model has not learned the classes of data=shapes: it must be of experiment=demo, or such")
     sampler = as_recipe(config, meta).sampler
     images = draw_samples(compute.place_model(model), sampler, range(samples), meta["image_shape"], compute)
-    found: dict[str, list[float]] = {name: [] for name in CLASSES}
+    found: dict[str, list[float]] = {name: [] for name in CLASSES}  # the errors; not a number where none can be
     for k in counted("measuring", range(samples), "samples"):
-        name = CLASSES[k % len(CLASSES)]
-        found[name].append(nearest(images[k].permute(1, 2, 0).numpy(), name))
+        name, image = CLASSES[k % len(CLASSES)], images[k].permute(1, 2, 0).numpy()
+        found[name].append(math.nan if is_missing(image) else nearest(image, name))
     groups = {**found, "all": [value for values in found.values() for value in values]}
     rows = {name: summary(values, limit) for name, values in groups.items() if values}
     return {"limit": limit, "errors": rows, "machine": describe(torch.device("cpu"))}
 
 
 def summary(values: list[float], limit: float) -> dict[str, float]:
-    """Mean, largest, and the share above a limit."""
-    errors = np.array(values)
-    return {"mean": errors.mean().item(), "largest": errors.max().item(), "above": (errors > limit).mean().item()}
+    """Mean and largest of the errors, and the shares of all that are above a limit and that are missing."""
+    errors = np.array([value for value in values if not math.isnan(value)])
+    mean, largest = (errors.mean().item(), errors.max().item()) if len(errors) else (math.nan, math.nan)
+    shares = {"above": (errors > limit).sum().item() / len(values), "missing": 1 - len(errors) / len(values)}
+    return {"mean": mean, "largest": largest, **shares}
 
 
 def table(found: dict[str, Any]) -> str:
     """As Markdown."""
-    lines = [f"| class | mean error | largest | above {found['limit']:g} levels |", "|---|---|---|---|"]
+    lines = [f"| class | mean error | largest | above {found['limit']:g} levels | missing |", "|---|---|---|---|---|"]
     for name, row in found["errors"].items():
-        lines.append(f"| {name} | {row['mean']:.1f} | {row['largest']:.1f} | {row['above']:.0%} |")
+        shares = f"{row['above']:.1%} | {row['missing']:.1%}"
+        lines.append(f"| {name} | {row['mean']:.1f} | {row['largest']:.1f} | {shares} |")
     return "\n".join(lines)
 
 
