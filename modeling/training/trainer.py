@@ -17,11 +17,7 @@ from torch import Tensor, nn
 
 from modeling.data.prepared import Prepared
 from modeling.diffusion.model import DiffusionModel
-from modeling.distributed.collectives import (
-    any_process_each,
-    check_same,
-    sum_over_processes,
-)
+from modeling.distributed.collectives import any_process_each, check_same, sum_over_processes
 from modeling.distributed.shares import share
 from modeling.inference.device import Compute
 from modeling.inference.held_out import held_out_losses
