@@ -126,11 +126,23 @@ def find_images(path: str, test_fraction: float) -> Images:
         if num_test >= len(files):
             raise UserError(f"{path} holds {len(files)} images: too few to set {num_test} aside for testing")
         named = list(zip(mixed, inner, strict=True))
-        test, train = named[:num_test], named[num_test:]
+        test, train = _with_every_class(named[:num_test], named[num_test:])
     classes = sorted({name for _, name in train + test})
     label = {name: k for k, name in enumerate(classes)}
     train_files, test_files = ([(file, label[name]) for file, name in split] for split in (train, test))
     return Images(root, train_files, test_files, classes, passed_over)
+
+
+Pairs = list[tuple[str, str]]  # of a file and its class
+
+
+def _with_every_class(test: Pairs, train: Pairs) -> tuple[Pairs, Pairs]:
+    """A test and a training split, in which the classes that only test would have are trained on instead."""
+    known = {name for _, name in train}
+    kept = [pair for pair in test if pair[1] in known]
+    if not kept:  # a class for every image: there must be something to test
+        return test, train
+    return kept, [pair for pair in test if pair[1] not in known] + train
 
 
 def _below_what_they_share(folders: list[str]) -> list[str]:

@@ -57,7 +57,8 @@ class Prepared:
             self.shape: list[int] = [channels, height, width]  # of one image
             self.sha256: dict[str, str] = meta["sha256"]
         except (KeyError, OSError, TypeError, ValueError) as error:
-            raise UserError(f"no prepared data in {folder} ({error}): run stage=prepare first") from None
+            out = folder.parent.parent  # named, since stage=prepare alone puts the data elsewhere
+            raise UserError(f"no prepared data in {folder} ({error}): run stage=prepare out_dir={out} first") from None
 
     @cached_property
     def train(self) -> LabelledImages:

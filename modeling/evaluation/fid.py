@@ -9,6 +9,7 @@ takes a second that an evaluation without FID does not need.
 
 import hashlib
 import logging
+import math
 import pickle
 import tempfile
 from collections.abc import Iterable
@@ -142,7 +143,12 @@ def reference_features(inception: Inception, images: Tensor, data_sha256: str, f
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """FID (Heusel et al. 2017, equation 6) between two sets of features [N, D] and [M, D], in float64."""
+    """FID (Heusel et al. 2017, equation 6) between two sets of features [N, D] and [M, D], in float64.
+
+    NaN of a single image, which has no covariance.
+    """
+    if min(len(features), len(reference)) < 2:
+        return math.nan
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = [fid_features_to_statistics(f.double()) for f in (features, reference)]

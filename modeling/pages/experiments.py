@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modeling.pages.numbers import is_fid, label, with_error
+from modeling.pages.numbers import NAMES, is_fid, label, with_error
 from modeling.recipe import flat
 from modeling.reliability.errors import UserError
 
@@ -60,13 +60,14 @@ def _row(state: Mapping[str, Any], executor: Mapping[str, Any] | None, is_experi
 def rank(rows: Sequence[Experiment], sort_by: str | None) -> str:
     """Numbers the rows by a metric, and returns its name, "" if there is none; equal values share a number.
 
-    Unless it is given, it is the FID if all that have metrics have it, else the first of USUAL that all have.
+    Unless it is given, it is the FID if all that have metrics have it, else the first of USUAL that all have and that
+    compares.
     """
     known = list(dict.fromkeys(key for row in rows for key in row.metrics))
     if sort_by is not None and sort_by not in known:
         raise UserError(f"--sort-by {sort_by}: allowed are {', '.join(known) or 'none yet, as nothing has metrics'}")
     measured = [row.metrics for row in rows if row.metrics]
-    usual = [*filter(is_fid, known), *USUAL]
+    usual = [*filter(is_fid, known), *(key for key in USUAL if key not in _of_different_numbers(rows))]
     common = [key for key in usual if key in known and all(key in metrics for metrics in measured)]
     metric = sort_by or next(iter([*common, *(key for key in reversed(usual) if key in known), *known]), "")
     values = sorted((row.metrics[metric] for row in rows if metric in row.metrics), reverse=metric in MORE_IS_BETTER)
@@ -99,7 +100,18 @@ def notes(rows: Sequence[Experiment], metric: str) -> list[str]:
     found = [f"best first by {metric}"] if metric else []
     if len({row.params.get("data.name") for row in rows if row.metrics}) > 1:
         found.append("these experiments have different data: their numbers do not compare")
+    for key, parameter in _of_different_numbers(rows).items():
+        found.append(f"{NAMES[key]}: of different numbers of samples ({parameter}), which do not compare")
     return found
+
+
+def _of_different_numbers(rows: Sequence[Experiment]) -> dict[str, str]:
+    """The metrics whose value depends on how many samples there are, if that differs, and the parameter that says it.
+
+    FID has the number in its name.
+    """
+    numbers = {row.params.get("evaluation.num_samples") for row in rows if "wavelet_distance" in row.metrics}
+    return {"wavelet_distance": "evaluation.num_samples"} if len(numbers) > 1 else {}
 
 
 def table(rows: Sequence[Experiment], width: int) -> tuple[list[str], list[list[str]]]:

@@ -84,7 +84,10 @@ def _quality(data: str, results: Results) -> Iterator[Headline]:
         yield Headline(label(metric), text, published.get(metric, ""), "" if metric == "fid" else partial)
     if "wavelet_distance" in found:
         floor = formatted("wavelet_distance", found["wavelet_distance_of_test_images"])
-        note = f"of {found['wavelet_distance_samples']:,} samples; as many test images: {floor}. It is no FID"
+        samples = found["wavelet_distance_samples"]
+        count = found.get("wavelet_distance_test_images", samples)  # there may be fewer, whose distance is larger
+        beside = "as many test images" if count >= samples else f"{count:,} test images, which are fewer and so further"
+        note = f"of {samples:,} samples; {beside}: {floor}. It is no FID"
         yield Headline("Fréchet wavelet distance", with_error(found, "wavelet_distance"), "", note)
     if "recognised" in found:
         note = (

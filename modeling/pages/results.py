@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from modeling.reliability.errors import UserError, short
 
+OF_EVALUATION = ("evaluate.json", "evaluate-details.json", "samples.png", "nearest.png", "denoising.png")
 SERIES = ("loss", "held_out_loss", "lr", "grad_norm")
 Item = TypeVar("Item")
 Read = Callable[[str], bytes | None]  # the content of reports/<name>; None if it is missing
@@ -32,6 +33,10 @@ class Results:
         self.evaluation = self._json("evaluate-details.json")
         self.metrics = self._json("train.json") | self._json("evaluate.json")
         self.curves = {name: points for name in SERIES if (points := self._curve(name))}
+
+    def of_training(self) -> "Results":
+        """The same without what the evaluation has published."""
+        return Results(lambda name: None if name in OF_EVALUATION else self.read(name))
 
     def _json(self, name: str) -> dict[str, Any]:
         content = self.read(name)

@@ -80,13 +80,18 @@ def start_training_run(config: Config, run: Run, facts: Mapping[str, Any], grid_
     return wandb_run
 
 
+def evaluated_with(config: Config) -> dict[str, dict[str, Any]]:
+    """The groups of the configuration that decide an evaluation of given weights."""
+    return {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
+
+
 def log_evaluation(config: Config, meta: Mapping[str, Any], report: Mapping[str, Any], target: Path) -> None:
     """Logs an evaluation: its numbers into the summary, and the pictures that lie in `target`.
 
     It goes into the run of the training if that is of the same experiment and was not evaluated in another way; else
     into a run of its own. An offline run is told again from its start, so that one folder holds all of it.
     """
-    used = {key: dataclasses.asdict(getattr(config, key)) for key in ("sampler", "evaluation")}
+    used = evaluated_with(config)
     mine, way = experiment(), fingerprint(used)
     folder, notes = run_of_weights(meta["sha256"]) or (None, {})
     shared = notes.get("finished") and notes.get("experiment") == mine and notes.get("evaluated") in (None, way)

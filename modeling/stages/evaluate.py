@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modeling.data.prepared import LabelledImages, Prepared, ensure_prepared
 from modeling.diffusion.model import DiffusionModel
-from modeling.distributed.collectives import from_first, is_first
+from modeling.distributed.collectives import from_first, is_first, world_size
 from modeling.evaluation import fid
 from modeling.evaluation.bits_per_dim import bits_per_dim, held_out_report, standard_error
 from modeling.evaluation.distance import packet_sums, wavelet_distance
@@ -22,7 +22,7 @@ from modeling.inference.images import sample_grid, save_png
 from modeling.inference.samples import DenoisingStrip
 from modeling.reliability.errors import ConfigError, UserError
 from modeling.reliability.files import make_writable, state_root, write_json
-from modeling.reporting.experiments import log_evaluation
+from modeling.reporting.experiments import evaluated_with, log_evaluation
 from modeling.reporting.pictures import save_picture
 from modeling.settings.groups import Config
 from modeling.stages.sample import (
@@ -50,9 +50,7 @@ def run(config: Config, out: Path) -> None:
     config = as_recipe(config, meta)
     check_sampling(config, model, meta)
     data = ensure_prepared(config, data_config)
-    if data.shape != meta["image_shape"]:
-        sizes = f"its images are {data.shape}, those of the model {meta['image_shape']}"
-        raise ConfigError(f"data={data_config.name}: {sizes}")
+    _check_data(data, data_config.name, model, meta)
     target = out / "reports"
     if is_first():
         make_writable(target)
@@ -66,7 +64,8 @@ def run(config: Config, out: Path) -> None:
     drawn = torch.cat([*configured_samples(config, model, meta, count, compute, strip)])
     images = drawn[: config.sampler.num_samples]
     if not from_first(lambda: strip.complete):  # the first samples were kept by an earlier evaluation
-        draw_configured(config, model, meta, range(min(strip.count, len(images))), compute, strip)
+        # As many in each process: the strip watches the share of the first one.
+        draw_configured(config, model, meta, range(strip.count * world_size()), compute, strip)
     if isinstance(inception, str):
         report["quality"] = {"left_out": inception}
     else:
@@ -78,10 +77,26 @@ def run(config: Config, out: Path) -> None:
     report |= {"nearest_rms": found.rms[:, 0].mean().item(), "nearest_rms_of_test_images": held_out.rms.mean().item()}
     _save_pictures(target, images, found, strip, config, model, meta)
     _mention_nan(report, f"too few images, {len(data.train.images)} to train and {len(data.test.images)} to test")
-    write_json(target / "evaluate-details.json", report)
+    made = {"weights_sha256": meta["sha256"], "made_with": evaluated_with(config)}  # W&B has them in its configuration
+    write_json(target / "evaluate-details.json", report | made)
     write_json(target / "evaluate.json", _metrics(report))
     log_evaluation(config, meta, report, target)
     log.info("metrics and samples: %s", target)
+
+
+def _check_data(data: Prepared, name: str, model: DiffusionModel, meta: dict[str, Any]) -> None:
+    """ConfigError unless a model can be measured on data; logs if it was not trained on them."""
+    if data.shape != meta["image_shape"]:
+        raise ConfigError(f"data={name}: its images are {data.shape}, those of the model {meta['image_shape']}")
+    known = meta["classes"] if model.num_classes else data.classes
+    if data.classes != known:
+        first = next((f": {a} in place of {b}" for a, b in zip(data.classes, known, strict=False) if a != b), "")
+        learned = f"the {len(known)} that the model has learned"
+        raise ConfigError(f"data={name}: its {len(data.classes)} classes are not {learned}{first}")
+    if meta.get("data_sha256", data.sha256) != data.sha256:
+        log.warning(
+            "data=%s: not the images that the model was trained on, some of which may be among the test images", name
+        )
 
 
 def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, compute: Compute) -> dict[str, Any]:
@@ -102,15 +117,17 @@ def _beside_data(
 ) -> dict[str, Any]:
     """How far the samples are from the training images and, with classes, how many are recognised.
 
-    Beside each number the same of test images, which no model can be expected to beat.
+    Beside each number the same of test images, which no model can be expected to beat; but where they are fewer than
+    the samples their wavelet distance is larger for that alone, so the report has their number too.
     """
     train, test = data.train, data.test.first(len(images))
     reference = packet_sums(train.images).normal()
     distance, error = wavelet_distance(images, reference)
     floor, _ = wavelet_distance(test.images, reference)
     report: dict[str, Any] = {"wavelet_distance": distance, "wavelet_distance_stderr": error}
-    report |= {"wavelet_distance_of_test_images": floor, "wavelet_distance_samples": len(images)}
-    log.info("wavelet distance %.4g +- %.2g, of as many test images %.4g", distance, error, floor)
+    report |= {"wavelet_distance_samples": len(images)}
+    report |= {"wavelet_distance_of_test_images": floor, "wavelet_distance_test_images": len(test.images)}
+    log.info("wavelet distance %.4g +- %.2g, of %d test images %.4g", distance, error, len(test.images), floor)
     if not model.num_classes:
         return report
     folder, classes = state_root() / "runs" / "reference", len(meta["classes"])

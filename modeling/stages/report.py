@@ -42,8 +42,12 @@ def run(config: Config, out: Path) -> None:
     results = Results(folder_reader(source / "reports"))
     if not (results.training or results.metrics):
         raise UserError(f"nothing to report in {source / 'reports'}: run stage=train first")
-    meta = model_metadata(source / "models" / "model.safetensors")
-    settings = _settings(config, source, meta)
+    path = source / "models" / "model.safetensors"
+    meta = model_metadata(path)
+    if meta and results.evaluation.get("weights_sha256", meta["sha256"]) != meta["sha256"]:
+        log.warning("left out: the evaluation in %s, which is not of %s; run stage=evaluate", source / "reports", path)
+        results = results.of_training()
+    settings = _settings(config, source, meta) | results.evaluation.get("made_with", {})
     values = flat(settings)
     data = settings["data"]["name"]
     experiment = os.environ.get("DVC_EXP_NAME")
@@ -79,12 +83,13 @@ def run(config: Config, out: Path) -> None:
 
 
 def _settings(config: Config, source: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that the results were made with, as nested values."""
+    """The configuration that the results were made with, but for what evaluation says itself, as nested values."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "named"}
     params = source / "params.yaml"
     if config.out_dir is None and source == state_root() and params.exists():  # what DVC has run, not this command's
         settings |= OmegaConf.to_container(OmegaConf.load(params))  # type: ignore[arg-type]  # a mapping
     recipe = dict(meta.get("config", {}))
+    recipe.pop("sampler", None)  # no part of the training: another one may have drawn the samples
     settings["trainer"] |= recipe.pop("trainer", {})  # a model file knows only those of its keys that affect weights
     return settings | recipe
 

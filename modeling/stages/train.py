@@ -105,6 +105,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         "config": recipe,
         "image_shape": data.meta["shape"],  # (H, W, C), as the file has always had it
         "classes": data.classes,
+        "data_sha256": data.sha256,
         "steps": config.trainer.steps,
     }
     about_checkpoint = about | {"fingerprint": run.name, "wandb_id": run.notes["wandb_id"]}

@@ -44,6 +44,18 @@ def test_the_first_images_are_of_all_classes(tmp_path):
     assert {label for _, label in images.test[:10]} == {label for _, label in images.train[:10]} == {0, 1, 2}
 
 
+def test_a_class_is_trained_on_if_it_is_tested(tmp_path):
+    """The draw alone would put some of the classes of one image among the test images only."""
+    for k in range(30):
+        write_images(tmp_path / f"{k:02}", *[(4, 4)] * (1 if k < 20 else 5))
+    train, test = classes(tmp_path, 0.3)
+    assert len(train) == 30 and 0 < sum(test.values()) <= 21 and sum(train.values()) + sum(test.values()) == 70
+    write_images(tmp_path / "alone" / "a", (4, 4))
+    write_images(tmp_path / "alone" / "b", (4, 4))
+    train, test = classes(tmp_path / "alone", 0.5)
+    assert len(train) == len(test) == 1  # there must be something to test
+
+
 def test_names_of_classes(tmp_path):
     write_images(tmp_path, *[(4, 4)] * 3)
     assert find_images(str(tmp_path), 0.1).classes == ["."]

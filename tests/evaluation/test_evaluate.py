@@ -11,11 +11,12 @@ from helpers.pipeline import TINY
 from helpers.training import CPU
 
 from modeling.build import build_model
+from modeling.checkpoints.model_file import load_model
 from modeling.evaluation import fid
 from modeling.inference.device import Compute
 from modeling.inference.samples import draw_samples
-from modeling.reliability.errors import Stopped
-from modeling.stages import evaluate, prepare, sample, train
+from modeling.reliability.errors import ConfigError, Stopped
+from modeling.stages import evaluate, export, prepare, sample, train
 
 
 @pytest.fixture
@@ -134,6 +135,51 @@ def _check_that_a_stopped_sampling_goes_on(stage, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))  # where nothing is kept
     stage(sample, *few)
     assert pictures() == found and len(found) == 5 and len(drawn) == 7
+
+
+def details(tmp_path):
+    return json.loads((tmp_path / "reports/evaluate-details.json").read_text())
+
+
+def test_an_evaluation_says_what_it_is_of(stage, tmp_path, monkeypatch, caplog):
+    """Of which weights, made how, on which images; and what is no evaluation of the model is refused or told."""
+    stage(prepare)
+    stage(train)
+    stage(evaluate, "sampler.steps=2", "sampler.num_samples=3", "evaluation.num_samples=20")
+    found, (_, meta) = details(tmp_path), load_model(tmp_path / "models/model.safetensors")
+    assert found["weights_sha256"] == meta["sha256"] and found["made_with"]["sampler"]["steps"] == 2
+    assert found["made_with"]["evaluation"]["num_samples"] == 20
+    assert (found["wavelet_distance_samples"], found["wavelet_distance_test_images"]) == (20, 16)  # no more are there
+    strip = (tmp_path / "reports/denoising.png").read_bytes()
+
+    def share_of_the_first(config, model, meta, indices, *more):
+        return drawn(config, model, meta, indices[: len(indices) // 9], *more)
+
+    drawn = evaluate.draw_configured
+    with monkeypatch.context() as nine:  # processes; and the samples are kept
+        nine.setattr(evaluate, "world_size", lambda: 9)
+        nine.setattr(evaluate, "draw_configured", share_of_the_first)
+        stage(evaluate, "sampler.steps=2", "sampler.num_samples=3", "evaluation.num_samples=20")
+    assert (tmp_path / "reports/denoising.png").read_bytes() == strip and "not the images" not in caplog.text
+    stage(export, "diffusion.variance=fixed_large")
+    scheduler = json.loads((tmp_path / "diffusers/scheduler/scheduler_config.json").read_text())
+    assert scheduler["variance_type"] == "fixed_large" and meta["config"]["diffusion"]["variance"] == "fixed_small"
+    stage(prepare, "data.seed=5")
+    stage(evaluate, "data.seed=5")
+    assert "data=shapes: not the images that the model was trained on" in caplog.text
+
+
+def test_a_model_of_classes_is_evaluated_on_these_alone(stage, tmp_path):
+    classes = ["model.class_conditional=true", "trainer.label_dropout=0.5"]
+    stage(prepare)
+    stage(train, *classes)
+    path = tmp_path / "data/shapes/data.json"
+    meta = json.loads(path.read_text())
+    for other, first in ((["ant", *meta["classes"][1:]], ": ant in place of circle"), (meta["classes"][:9], "$")):
+        path.write_text(json.dumps(meta | {"classes": other}))
+        message = f"its {len(other)} classes are not the 10 that the model has learned{first}"
+        with pytest.raises(ConfigError, match=f"^data=shapes: {message}"):
+            stage(evaluate, *classes)
 
 
 def test_kept_samples_are_of_all_that_decides_them(tmp_path, monkeypatch):

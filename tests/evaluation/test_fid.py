@@ -1,6 +1,7 @@
 """FID and its relatives against closed forms, their caches, and the Inception network with random weights."""
 
 import hashlib
+import math
 import os
 import pickle
 from pathlib import Path
@@ -30,6 +31,7 @@ def test_frechet_distance_closed_forms(generator):
     b = features(300, [1, 0, 0], [4, 2, 0.5], generator)
     expected = 1 + (1 - 2) ** 2 + 0 + (3**0.5 - 0.5**0.5) ** 2  # |d|^2 + sum (sigma_a - sigma_b)^2
     assert fid.frechet_distance(a, b) == pytest.approx(expected)
+    assert math.isnan(fid.frechet_distance(a, b[:1]))  # no covariance
 
 
 def test_metrics_of_known_sets(generator):

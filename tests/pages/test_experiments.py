@@ -62,6 +62,17 @@ def test_the_order_is_by_fid_only_if_all_have_it(rows):
         experiments.rank([], "fid")
 
 
+def test_distances_of_different_numbers_of_samples_give_no_order(rows):
+    for row, count in zip(rows[2:5], (300, 1000, 1000), strict=True):
+        row.metrics["wavelet_distance"] = 0.1
+        row.params["evaluation.num_samples"] = count
+    assert experiments.rank(rows, None) == "bits_per_dim"
+    (note,) = [note for note in experiments.notes(rows, "bits_per_dim") if "do not compare" in note]
+    assert note.startswith("wavelet distance: of different numbers of samples (evaluation.num_samples)")
+    rows[2].params["evaluation.num_samples"] = 1000
+    assert experiments.rank(rows, None) == "wavelet_distance" and len(experiments.notes(rows, "x")) == 1
+
+
 def test_only_what_differs_is_told_what_is_unusual_first(rows):
     found = dict(zip([row.name for row in rows], experiments.differences(rows), strict=True))
     assert found["workspace"] == found["master"] == {}

@@ -1,5 +1,6 @@
 """The report: complete, self-contained, small, escaped; what is missing is left out; its command is right."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -27,6 +28,7 @@ EVALUATION = {"bits_per_dim_images": 50, "bits_per_dim_timesteps": 10, "quality"
 SAMPLES = {"wavelet_distance": 0.01, "wavelet_distance_stderr": 0.001, "wavelet_distance_samples": 1000}
 SAMPLES |= {"wavelet_distance_of_test_images": 0.003, "recognised": 0.5, "recognised_of_test_images": 0.875}
 NEAREST = {"nearest_rms": 40.7, "nearest_rms_of_test_images": 13.3}
+USED, GROUPS_USED = ["sampler.steps=7", "sampler.seed=3", "evaluation.bpd_images=5"], ("sampler", "evaluation")
 HOSTILE = "</script><script>alert('$x$')</script>"
 
 
@@ -87,6 +89,22 @@ def test_the_page_holds_all_that_was_published(published, monkeypatch):
     assert {"blue-moon", "CPU", "ab" * 32, "cd" * 32, "5a" * 32, "1:02:05"} <= {*page.text["td"]}
     *_, run, apply = "\n".join(page.text["pre"]).splitlines()
     assert run == "dvc exp run -S experiment=tiny -S seed=7" and apply.startswith("dvc exp apply blue-moon ")
+
+
+def test_the_sampler_is_the_one_of_the_evaluation_and_its_numbers_are_of_the_model(published, caplog):
+    """Not the one that the model was trained with, nor the one of the command that reports."""
+    write_model(published, seed=7, sampler={"name": "ddpm", "steps": 20})
+    made_with = {key: dataclasses.asdict(getattr(load("experiment=tiny", *USED), key)) for key in GROUPS_USED}
+    details = EVALUATION | {"weights_sha256": "5a" * 32, "made_with": made_with}
+    write_json(published / "reports/evaluate-details.json", details)
+    page = made(published, "experiment=tiny")
+    assert page.data["config"]["sampler"] == made_with["sampler"] and not caplog.text
+    assert page.text["pre"][0].splitlines()[-1] == f"dvc exp run -S experiment=tiny -S {' -S '.join(['seed=7', *USED])}"
+    write_json(published / "reports/evaluate-details.json", details | {"weights_sha256": "6b" * 32})
+    page = made(published, "experiment=tiny")
+    assert page.data["evaluation"] == {} and page.data["metrics"] == {"images": 4800, "images_per_second": 230.4}
+    assert {*report.PICTURES.values()} & {*page.text["h2"]} == {"Samples from the same noise during training"}
+    assert "is not of" in caplog.text and page.data["config"]["sampler"]["name"] == "ddim"
 
 
 def test_names_are_text(published, monkeypatch):
@@ -150,6 +168,10 @@ def test_samples_are_measured_beside_test_images(published):
     found = {each.name: each for each in headlines("shapes", Results(folder_reader(published / "reports")))}
     distance, share = found["Fréchet wavelet distance"], found["recognised as their class"]
     assert distance.value == "0.0100 ± 0.0010" and "1,000 samples; as many test images: 0.0030" in distance.note
+    few = EVALUATION | SAMPLES | {"wavelet_distance_test_images": 40}
+    write_json(published / "reports/evaluate-details.json", few)
+    note = next(iter(headlines("shapes", Results(folder_reader(published / "reports"))))).note
+    assert "1,000 samples; 40 test images, which are fewer and so further: 0.0030" in note
     assert share.value == "50.0%" and share.note.endswith("87.5%")
 
 
