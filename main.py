@@ -10,7 +10,6 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 import hydra
 import yaml
@@ -27,6 +26,7 @@ from modeling.reliability.terminal import keep_streams, shorten_log
 
 ORDER = ("validate", "prepare", "train", "sample", "evaluate", "report")
 TYPED = tuple(sys.argv)
+FAILED: list[int] = []  # exit codes of the jobs of --multirun that did not end well
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -62,7 +62,10 @@ def run(cfg: DictConfig) -> None:
                 if launcher.takes_part(stage):
                     _module(stage).run(config, out)
     except Exception as error:  # here, since Hydra adds a line to what leaves this function
-        _end(error, stage, resume)
+        code = _tell(error, stage, resume)
+        if settings.mode != RunMode.MULTIRUN or isinstance(error, Stopped):
+            raise SystemExit(code) from None
+        FAILED.append(code)  # the jobs after this one run all the same
 
 
 def _module(stage: str) -> ModuleType:
@@ -82,8 +85,11 @@ def main() -> None:
         sys.argv += launcher.overrides()
         with stop_requests():
             run()
+        if FAILED:
+            launcher.print_last(f"error: {len(FAILED)} of the jobs of --multirun failed, see above", FAILED[0])
+            raise SystemExit(FAILED[0])
     except Exception as error:  # what Hydra raises before `run`
-        _end(error)
+        raise SystemExit(_tell(error)) from None
     finally:
         try:
             sys.stdout.flush()
@@ -91,8 +97,8 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _end(error: Exception, stage: str = "", resume: str = "auto") -> NoReturn:
-    """Ends the process with one line, or with the traceback of a bug."""
+def _tell(error: Exception, stage: str = "", resume: str = "auto") -> int:
+    """Prints one line, or the traceback of a bug; gives the exit code."""
     code = error.exit_code if isinstance(error, UserError) else 1
     if isinstance(error, Stopped):
         begun = error.trained or stage in ("sample", "evaluate")
@@ -107,7 +113,7 @@ def _end(error: Exception, stage: str = "", resume: str = "auto") -> NoReturn:
         known = str(error) if isinstance(error, UserError) else explain(error, stage)
         line = known and f"error: {known}"
     launcher.print_last(" ".join(line.split()) if line else "".join(traceback.format_exception(error)).rstrip(), code)
-    raise SystemExit(code)
+    return code
 
 
 def _how_to_quote(error: Exception) -> str | None:

@@ -55,7 +55,7 @@ def _training(folder: Path) -> Entry:
     notes = read_notes(folder)
     step = max(map(step_of, checkpoints(folder)), default=0)
     state = f"at step {step:,} of {config.trainer.steps:,}"
-    if step >= config.trainer.steps and "weights_sha256" in notes:
+    if step >= config.trainer.steps and "weights_sha256" in notes and notes.get("finished", True):
         state = FINISHED
     try:
         with locked(folder / "lock", wait=False):

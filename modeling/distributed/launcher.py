@@ -139,6 +139,7 @@ def _wait(workers: Sequence[int], codes: dict[int, int], stop: Path) -> None:
         if failed:
             deadline = min(deadline, time.monotonic() + GRACE)
         if failed or stop_requested():
+            stop.parent.mkdir(exist_ok=True)  # whatever cleans the folder of temporary files may have taken it
             stop.touch()  # no signal: whoever stops a group of processes has sent one already, and a second one kills
 
 

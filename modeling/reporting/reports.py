@@ -97,7 +97,16 @@ class Reports(Reporter):
         height, width = self.examples.shape[2:]
         grids = [cut_grid(each, height, width) for each in shown]
         # A grid has a row for each class, or is filled row by row.
-        columns = [grid[:, 0] if self.classes else grid.flatten(0, 1)[: FILM[0]] for grid in grids]
-        rows = [list(row) for row in zip(*columns, strict=True)]
+        columns = [grid[:, 0] if self.classes else _filled(grid.flatten(0, 1))[: FILM[0]] for grid in grids]
+        rows = [list(row) for row in zip(*columns, strict=False)]  # trainer.sample_images may have been another
         steps = [f"step {step_of(each):,}" for each in shown]
-        save_picture(path, rows, "Samples from the same noise during training (EMA weights)", self.classes, steps)
+        caption = "Samples from the same noise during training (EMA weights)"
+        save_picture(path, rows, caption, self.classes[: len(rows)], steps)
+
+
+def _filled(tiles: Tensor) -> Tensor:
+    """The tiles of a grid, uint8 [N, C, H, W], without the places at its end that no image has filled: all white."""
+    count = len(tiles)
+    while count > 1 and bool((tiles[count - 1] == 255).all()):
+        count -= 1
+    return tiles[:count]

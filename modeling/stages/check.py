@@ -29,7 +29,7 @@ from modeling.evaluation import fid
 from modeling.inference.device import Compute, choose_compute, now
 from modeling.recipe import check_keys
 from modeling.reliability.container import memory_left
-from modeling.reliability.errors import ConfigError, UserError, explain
+from modeling.reliability.errors import ConfigError, UserError, explain, short
 from modeling.reliability.files import sharers, state_root
 from modeling.reliability.signals import poll
 from modeling.reliability.terminal import duration
@@ -88,12 +88,17 @@ def _findings(config: Config, out: Path) -> Iterator[Finding]:
 def _data(config: Config) -> tuple[Prepared | None, Finding]:
     name = config.data.name
     for folder in (prepared_folder(config, config.data), state_root() / "data" / name):  # the second is DVC's
-        with suppress(UserError):
+        if not (folder / "data.json").exists():
+            continue
+        try:
             prepared = Prepared(folder)
             if prepared.source == affects(config.data, "weights"):
-                count = len(prepared.train.images)  # their checksum is verified
+                count = len(prepared.train.images) + len(prepared.test.images)  # their checksums are verified
                 sha256 = prepared.sha256["train"][:12]
-                return prepared, Finding(OK, f"data: {name}, {count:,} training images, SHA-256 {sha256}, in {folder}")
+                text = f"data: {name}, {count:,} images with those to test, SHA-256 {sha256}, in {folder}"
+                return prepared, Finding(OK, text)
+        except UserError as error:
+            return None, Finding(BAD, f"data: {error}")
     return None, Finding(NOTE, f"data: {name} is not prepared yet, which the first run does")
 
 
@@ -173,8 +178,13 @@ def _used_memory(compute: Compute) -> int:
 
 def _wandb(config: Config) -> Finding:
     mode = wanted_mode(config.wandb)
-    if mode == "online" and not has_key():
-        return Finding(NOTE, "W&B: online, but there is no API key: set WANDB_API_KEY, or the run is kept offline")
+    if mode == "online":
+        try:
+            why = "" if has_key() else "there is no API key: set WANDB_API_KEY"
+        except Exception as error:  # of a key that cannot be one; each part of W&B has its own kinds
+            why = short(error)
+        if why:
+            return Finding(NOTE, f"W&B: online, but {why}, or the run is kept offline")
     return Finding(OK, f"W&B: {mode}")
 
 

@@ -54,6 +54,10 @@ def test_what_is_removed(root, capsys):
         assert "begun is running: wait" in printed(capsys, "--remove", "begun", "finished")[1]
     assert "nothing is called x" in printed(capsys, "--remove", "done", "x")[1]
     assert (root / "begun").exists() and (root / "done").exists()
+    done = root / "done"
+    write_notes(done, read_notes(done) | {"finished": False})  # a longer training that has not published yet
+    assert printed(capsys, "--remove", "finished") == ("nothing to remove\n", None)
+    write_notes(done, read_notes(done) | {"finished": True})
     assert printed(capsys, "--remove", "finished")[0].startswith("removed done: shapes tiny")
     assert printed(capsys, "--remove", "finished") == ("nothing to remove\n", None)
     printed(capsys, "--remove", "begun", "data/shapes-1", "reference", "samples-for-fid/2", "unpublished")

@@ -272,7 +272,6 @@ ONE_LINE = {
     "trainer.batch_size=9 trainer.nproc=2": "error: trainer.batch_size=9: must be divisible by the 2 processes",
     "trainer.nproc=0": "error: trainer.nproc=0: must be greater than 0",
     "trainer.micro_batch_size=0": "error: trainer.micro_batch_size=0: must be at least 1",
-    "seed=1,2 trainer.nproc=2 --multirun": "error: trainer.nproc=2: not with --multirun",
 }
 
 
@@ -449,6 +448,15 @@ def test_one_line_and_the_exit_code_are_the_culprits(capsys, tmp_path):
     assert code == 3 and re.fullmatch(
         r"error: process 1 of 2 ended with exit code 3: the last checkpoint is kept; to go on: .*\n", line
     )
+
+
+def test_workers_are_told_to_stop_where_the_folder_of_the_job_was_removed(tmp_path):
+    """As by what cleans the folder of temporary files."""
+    if (pid := os.fork()) == 0:
+        os._exit(3)
+    codes = {}
+    launcher._wait([pid], codes, tmp_path / "removed/stop")
+    assert codes == {0: 3} and (tmp_path / "removed/stop").exists()
 
 
 def test_a_worker_that_hangs_after_a_failure_is_killed(tmp_path, monkeypatch):

@@ -84,3 +84,18 @@ def test_a_resumed_run_logs_the_same_to_wandb_and_publishes_the_same(process, tm
     assert read["train-details"] == read["train"] | details
     film = Image.open(tmp_path / "resumed/film.png")
     assert film.width >= 640  # the first image of two classes, at three steps
+
+
+@pytest.mark.parametrize(("counts", "classes", "rows"), [((5, 5), 0, 5), ((4, 16), 0, 4), ((9, 12), 10, 9)])
+def test_the_film_shows_the_samples_that_all_grids_have(process, tmp_path, monkeypatch, counts, classes, rows):
+    """trainer.sample_images may have been another one before; and five images leave a place of their grid empty."""
+    reports, shown = process(), []
+    reports.classes = [str(k) for k in range(classes)]
+    reports.started(0)
+    for step, count in enumerate(counts, 1):
+        reports.sampled(step, torch.full((count, 1, 4, 4), 7, dtype=torch.uint8))
+    monkeypatch.setattr("modeling.reporting.reports.save_picture", lambda *given: shown.append(given))
+    reports._save_film(tmp_path / "film.png")
+    ((_, images, _, names, steps),) = shown
+    assert len(images) == rows and all((image == 7).all() for row in images for image in row)
+    assert len(names) == (rows if classes else 0) and steps == ["step 1", "step 2"]

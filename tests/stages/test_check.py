@@ -77,6 +77,16 @@ def test_what_a_job_lacks(root, findings, monkeypatch):
     assert findings("evaluation.fid_samples=10", f"evaluation.inception_weights={root / 'w'}")[0]["FID"][0] == "ok"
 
 
+def test_data_and_a_key_that_are_damaged(root, findings, monkeypatch):
+    config = load(*RECIPE)
+    folder = prepare(config, config.data, again=True).folder
+    (folder / "test.npy").write_bytes((folder / "test.npy").read_bytes()[:-9])
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    found, error = findings("wandb.mode=online")
+    assert found["data"][0] == "BAD" and "test.npy is damaged" in found["data"][1] and error
+    assert found["W&B"][0] == "note" and "40+ characters" in found["W&B"][1]
+
+
 def test_a_step_that_fails(findings, monkeypatch):
     def fails(error):
         def train_step(self):

@@ -254,6 +254,17 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate*.json"))
 
 
+@pytest.mark.no_cover
+def test_a_job_of_a_sweep_that_fails_leaves_the_others_alone(tmp_path):
+    """And the sweep fails, in the end."""
+    sweep = [*TINY, "trainer.nproc=2,1", "stage=prepare", f"hydra.sweep.dir={tmp_path}", "--multirun"]
+    run = Launched(tmp_path / "process", sweep, tmp_path, {"DVC_ROOT": str(tmp_path)})
+    assert run.end() == 2 and "data: shapes, 64 + 16 images" in run.printed()
+    errors = [line for line in run.printed().splitlines() if line.startswith("error: ")]
+    assert errors[0].startswith("error: trainer.nproc=2: not with --multirun")
+    assert errors[1:] == ["error: 1 of the jobs of --multirun failed, see above"]
+
+
 def has_code(path):
     return any(type(node) is not ast.Expr for node in ast.parse(path.read_text()).body)
 
