@@ -3,7 +3,8 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and threads that wait for a core waste it
@@ -11,22 +12,39 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it a
 if "TEST_CUDA" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what they compare bit for bit, and how long they wait, is for a CPU
 
-import pytest
-import torch
+LONG = ("test_processes", "test_dvc_resume", "test_pipeline", "test_kill", "test_benchmarks", "test_faults")
+# They run, often, lines that other tests run: measuring would make them several times as slow for nothing.
+UNMEASURED = ("test_architecture", "test_benchmarks", "test_docs", "test_dvc_resume", "test_extending", "test_faults")
+UNMEASURED += ("test_fuzz", "test_kill", "test_peers", "test_terminal")
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Coverage's tracer, with which a call of a function takes ten times as long, is off.
+
+    A worker of xdist has three: by the variable that processes started by tests obey, by pytest-cov, and once more by
+    pytest-cov as a worker. The mark no_cover stops the last one, and then the one before it goes on.
+    """
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
+
+
+with unmeasured():
+    if "PYTEST_XDIST_WORKER" in os.environ:  # while all workers start, and not in the middle of a test
+        for name in ("torch._dynamo", "hypothesis", "wandb", "matplotlib.pyplot", "scipy.stats", "diffusers"):
+            if find_spec(name):
+                importlib.import_module(name)
+    import pytest
+    import torch
+
 from helpers.configs import group
 
 from modeling.build import build_schedule
 from modeling.diffusion.schedule import SCHEDULES, NoiseSchedule
-
-LONG = ("test_processes", "test_dvc_resume", "test_pipeline", "test_kill", "test_benchmarks", "test_faults")
-# They run, often, lines that other tests run: measuring would make them two to three times as slow for nothing.
-UNMEASURED = ("test_architecture", "test_benchmarks", "test_docs", "test_dvc_resume", "test_extending", "test_faults")
-UNMEASURED += ("test_fuzz", "test_kill", "test_peers", "test_terminal")
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # which measures from here on, and so would make these imports slow
-    for name in ("torch._dynamo", "hypothesis", "wandb", "matplotlib.pyplot", "scipy.stats", "diffusers"):
-        if find_spec(name):
-            importlib.import_module(name)
 
 # What compares with peers or runs a linter is left out, and said so, where requirements-dev.txt is not installed.
 DEV = find_spec("diffusers") is not None
@@ -37,6 +55,12 @@ collect_ignore = [] if DEV else NEED_DEV
 def pytest_report_header() -> str:
     left_out = f"left out are {', '.join(NEED_DEV)} and the tests marked dev"
     return "" if DEV else f"requirements-dev.txt is not installed: {left_out}"
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)  # within what pytest-cov does for no_cover
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    with unmeasured() if item.get_closest_marker("no_cover") else nullcontext():
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -86,7 +86,7 @@ class Launched:
         self.log.write_text("")
         self.stacks.unlink(missing_ok=True)
         settings = {"DVC_ROOT": str(folder / "root"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | environment
-        if coverage.Coverage.current():
+        if sys.gettrace():
             settings |= measured()
         _start_server()
         given = (list(arguments), cwd, settings, self.log, self.stacks, limits or {})
