@@ -1,11 +1,13 @@
 """The environment of all tests, and their common fixtures."""
+# ruff: noqa: E402  # the environment comes before what reads it
 
-import importlib
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from importlib.util import find_spec
+
+from helpers.measuring import import_unmeasured, unmeasured
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and threads that wait for a core waste it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first product of a process
@@ -17,30 +19,11 @@ LONG = ("test_processes", "test_dvc_resume", "test_pipeline", "test_kill", "test
 UNMEASURED = ("test_architecture", "test_benchmarks", "test_docs", "test_dvc_resume", "test_extending", "test_faults")
 UNMEASURED += ("test_fuzz", "test_kill", "test_peers", "test_terminal")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # while all workers start, and not in the middle of a test
+    import_unmeasured("torch._dynamo", "hypothesis", "wandb", "matplotlib.pyplot", "scipy.stats", "diffusers")
 
-@contextmanager
-def unmeasured() -> Iterator[None]:
-    """Coverage's tracer, with which a call of a function takes ten times as long, is off.
-
-    A worker of xdist has three: by the variable that processes started by tests obey, by pytest-cov, and once more by
-    pytest-cov as a worker. The mark no_cover stops the last one, and then the one before it goes on.
-    """
-    tracer = sys.gettrace()
-    sys.settrace(None)
-    try:
-        yield
-    finally:
-        sys.settrace(tracer)
-
-
-with unmeasured():
-    if "PYTEST_XDIST_WORKER" in os.environ:  # while all workers start, and not in the middle of a test
-        for name in ("torch._dynamo", "hypothesis", "wandb", "matplotlib.pyplot", "scipy.stats", "diffusers"):
-            if find_spec(name):
-                importlib.import_module(name)
-    import pytest
-    import torch
-
+import pytest
+import torch
 from helpers.configs import group
 
 from modeling.build import build_schedule
@@ -71,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     items.sort(key=lambda item: "compile" not in item.name)
     for item in items:
-        if item.path.stem in UNMEASURED:
+        if item.path.stem in UNMEASURED and not item.get_closest_marker("measured"):
             item.add_marker(pytest.mark.no_cover)
     if not torch.cuda.is_available():
         reason = "there is no CUDA device here" if "TEST_CUDA" in os.environ else "runs with TEST_CUDA=1"

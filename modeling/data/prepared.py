@@ -44,9 +44,9 @@ class LabelledImages(NamedTuple):
 
 
 class Prepared:
-    """A prepared folder; UserError if it is missing or damaged."""
+    """A prepared folder; UserError, which says what it is `made_by`, if it is missing or damaged."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, made_by: str = "stage=prepare") -> None:
         self.folder = folder
         try:
             self.meta: dict[str, Any] = json.loads((folder / "data.json").read_text())
@@ -57,8 +57,7 @@ class Prepared:
             self.shape: list[int] = [channels, height, width]  # of one image
             self.sha256: dict[str, str] = meta["sha256"]
         except (KeyError, OSError, TypeError, ValueError) as error:
-            out = folder.parent.parent  # named, since stage=prepare alone puts the data elsewhere
-            raise UserError(f"no prepared data in {folder} ({error}): run stage=prepare out_dir={out} first") from None
+            raise UserError(f"no prepared data in {folder} ({error}): run {made_by} first") from None
 
     @cached_property
     def train(self) -> LabelledImages:
@@ -170,7 +169,8 @@ def ensure_prepared(config: Config, data: DataConfig) -> Prepared:
     """The prepared folder of `data`; a plain run makes it if it is missing, a run with an `out_dir` must have it."""
     target = prepared_folder(config, data)
     missing = config.out_dir is None and not (target / "data.json").exists()
-    prepared = prepare(config, data, again=False) if missing else Prepared(target)
+    made_by = "stage=prepare" if config.out_dir is None else f"stage=prepare out_dir={config.out_dir}"
+    prepared = prepare(config, data, again=False) if missing else Prepared(target, made_by)
     for key, value in affects(data, "weights").items():
         if (made := prepared.source.get(key, value)) != value:
             raise ConfigError(f"data.{key}={value}: {target} was made with {key}={made}: run stage=prepare again")

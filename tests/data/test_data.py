@@ -123,7 +123,7 @@ def test_data_is_read_with_as_many_threads_as_there_are_cores(tmp_path, monkeypa
 
 def test_an_out_dir_must_hold_the_data_that_is_configured(tmp_path):
     config = SimpleNamespace(out_dir=str(tmp_path), threads=None)
-    with pytest.raises(UserError, match="run stage=prepare first"):
+    with pytest.raises(UserError, match=f"run stage=prepare out_dir={tmp_path} first"):
         ensure_prepared(config, DATA)
     prepare(config, DATA, again=True)
     assert ensure_prepared(config, DATA).folder == tmp_path / "data/shapes"

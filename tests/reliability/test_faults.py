@@ -109,6 +109,7 @@ def test_a_signal_stops_the_demo_within_five_seconds_anywhere(demo, place, stage
     assert not list((demo / out).rglob(".*.partial"))
 
 
+@pytest.mark.measured
 def test_a_stop_while_sampling_or_evaluating_loses_nothing(base, folder):
     for place in ("draw_samples", "held_out_losses"):
         run = launch(folder)
@@ -233,6 +234,7 @@ def test_a_damaged_checkpoint_is_skipped_and_nothing_changes(base, resumed):
     assert hashes(resumed / "out") == hashes(base / "out")
 
 
+@pytest.mark.measured
 def test_if_all_checkpoints_are_damaged_training_does_not_start_from_step_0_unasked(base, resumed):
     for path in checkpoints(run_folder(resumed)):
         truncate(path)

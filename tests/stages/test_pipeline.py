@@ -254,7 +254,6 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments):
     assert not list(tmp_path.rglob(".*.safetensors*")) and not list(tmp_path.rglob("evaluate*.json"))
 
 
-@pytest.mark.no_cover
 def test_a_job_of_a_sweep_that_fails_leaves_the_others_alone(tmp_path):
     """And the sweep fails, in the end."""
     sweep = [*TINY, "trainer.nproc=2,1", "stage=prepare", f"hydra.sweep.dir={tmp_path}", "--multirun"]

@@ -92,7 +92,7 @@ def test_the_guide_is_the_average_of_its_step(tmp_path, guide_at, step):
         def stepped(self, step, loss):
             averages[step] = {name: w.clone() for name, w in trainer.ema.model.network.state_dict().items()}
 
-    trainer = make(tmp_path, Watch(), guide_at=guide_at, checkpoint_every=1)
+    trainer = make(tmp_path, Watch(), guide_at=guide_at, **RARE)
     trainer.run()
     assert trainer.state.guide.keys() == averages[step].keys()
     assert all(torch.equal(weight, averages[step][name]) for name, weight in trainer.state.guide.items())
