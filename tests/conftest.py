@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from importlib.util import find_spec
 
-from helpers.measuring import import_unmeasured, unmeasured
+from helpers.measuring import import_unmeasured, leave_out_what_is_not_ours, unmeasured
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time, and threads that wait for a core waste it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first product of a process
@@ -21,6 +21,7 @@ UNMEASURED += ("test_fuzz", "test_kill", "test_peers", "test_terminal")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # while all workers start, and not in the middle of a test
     import_unmeasured("torch._dynamo", "hypothesis", "wandb", "matplotlib.pyplot", "scipy.stats", "diffusers")
+    leave_out_what_is_not_ours()
 
 import pytest
 import torch

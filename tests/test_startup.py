@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from helpers.pipeline import ROOT
 
 HEAVY = {"torch", "torchvision", "wandb", "matplotlib", "dvc", "tqdm", "psutil"}
@@ -44,6 +45,11 @@ def test_what_needs_no_network_imports_none(tmp_path):
         found, imported = json.loads((tmp_path / f"{k}.json").read_text())
         assert (found, HEAVY & {*imported}) == (code, set()), f"{arguments}: {done.stderr}"
         assert "hydra" in imported
+
+
+@pytest.mark.no_cover
+def test_the_mark_no_cover_stops_all_of_coverage():
+    assert sys.gettrace() is None
 
 
 def test_the_package_imports_its_python_interface_on_first_use():

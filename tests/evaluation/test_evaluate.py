@@ -164,6 +164,11 @@ def test_an_evaluation_says_what_it_is_of(stage, tmp_path, monkeypatch, caplog):
     stage(export, "diffusion.variance=fixed_large")
     scheduler = json.loads((tmp_path / "diffusers/scheduler/scheduler_config.json").read_text())
     assert scheduler["variance_type"] == "fixed_large" and meta["config"]["diffusion"]["variance"] == "fixed_small"
+    stage(prepare, "data.image_size=16")
+    with pytest.raises(ConfigError, match=r"its images are \[3, 16, 16\], those of the model \[3, 8, 8\]"):
+        stage(evaluate, "data.image_size=16")
+    with pytest.raises(ConfigError, match="for stage=sample and stage=evaluate only"):
+        stage(train, "model.weights=x")
     stage(prepare, "data.seed=5")
     stage(evaluate, "data.seed=5")
     assert "data=shapes: not the images that the model was trained on" in caplog.text

@@ -21,6 +21,7 @@ import coverage
 import psutil
 import torch
 
+from helpers.measuring import leave_out_what_is_not_ours
 from helpers.pipeline import ROOT, measured
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -37,7 +38,8 @@ def _child(arguments, cwd, environment, log, stacks, limits):
     with open(log, "ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    coverage.process_startup()  # if the environment asks for it
+    if coverage.process_startup():  # the environment asks for it
+        leave_out_what_is_not_ours()
     descriptor = os.open(stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # unbuffered: signals may come within signals
 
     def write_stack(number, frame):
