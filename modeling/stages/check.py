@@ -87,7 +87,8 @@ def _findings(config: Config, out: Path) -> Iterator[Finding]:
 
 def _data(config: Config) -> tuple[Prepared | None, Finding]:
     name = config.data.name
-    for folder in (prepared_folder(config, config.data), state_root() / "data" / name):  # the second is DVC's
+    own, of_dvc = prepared_folder(config, config.data), state_root() / "data" / name
+    for folder in (own, of_dvc):
         if not (folder / "data.json").exists():
             continue
         try:
@@ -98,7 +99,8 @@ def _data(config: Config) -> tuple[Prepared | None, Finding]:
                 text = f"data: {name}, {count:,} images with those to test, SHA-256 {sha256}, in {folder}"
                 return prepared, Finding(OK, text)
         except UserError as error:
-            return None, Finding(BAD, f"data: {error}")
+            if folder == own:  # DVC makes its own anew
+                return None, Finding(BAD, f"data: {error}")
     return None, Finding(NOTE, f"data: {name} is not prepared yet, which the first run does")
 
 

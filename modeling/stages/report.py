@@ -44,7 +44,7 @@ def run(config: Config, out: Path) -> None:
         raise UserError(f"nothing to report in {source / 'reports'}: run stage=train first")
     path = source / "models" / "model.safetensors"
     meta = model_metadata(path)
-    if meta and results.evaluation.get("weights_sha256", meta["sha256"]) != meta["sha256"]:
+    if meta and results.evaluation.get("weights_sha256") not in (None, meta.get("sha256")):
         log.warning("left out: the evaluation in %s, which is not of %s; run stage=evaluate", source / "reports", path)
         results = results.of_training()
     settings = _settings(config, source, meta) | results.evaluation.get("made_with", {})

@@ -64,6 +64,9 @@ def test_the_denoising_strip_is_what_the_first_samples_come_from(steps, spacing,
     assert strip.complete and list(strip.frames) == shown
     x_T = SampleNoise(sampler.seed, range(2), (3, 8, 8), "cpu")()
     assert torch.equal(strip.frames[9], to_uint8(x_T))
+    kept = {t: frame.clone() for t, frame in strip.frames.items()}
+    draw_samples(model, sampler, range(7, 9), (3, 8, 8), CPU, watch=strip)  # a later batch is not watched
+    assert all(torch.equal(strip.frames[t], frame) for t, frame in kept.items())
     alone = DenoisingStrip(model.schedule.alphas_cumprod, sampler, count=1, frames=3)
     draw_samples(model, sampler, range(1), (3, 8, 8), CPU, watch=alone)
     assert torch.equal(alone.frames[9], strip.frames[9][:1])

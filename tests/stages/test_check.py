@@ -82,9 +82,18 @@ def test_data_and_a_key_that_are_damaged(root, findings, monkeypatch):
     folder = prepare(config, config.data, again=True).folder
     (folder / "test.npy").write_bytes((folder / "test.npy").read_bytes()[:-9])
     monkeypatch.setenv("WANDB_API_KEY", "short")
+    monkeypatch.setattr(check, "sharers", lambda locks: [17, 18])
     found, error = findings("wandb.mode=online")
     assert found["data"][0] == "BAD" and "test.npy is damaged" in found["data"][1] and error
     assert found["W&B"][0] == "note" and "40+ characters" in found["W&B"][1]
+    assert found["cores"][1] == "note cores: 2 other trainings use them (process 17); see threads"
+    monkeypatch.setattr(check, "has_key", lambda: True)
+    (root / "data").mkdir()
+    folder.rename(root / "data/shapes")  # where DVC has its own, which it would make again
+    for other in ([], ["data.seed=3"]):
+        found, error = findings("wandb.mode=online", *other)
+        assert found["data"] == ("note", "note data: shapes is not prepared yet, which the first run does") and not error
+        assert found["W&B"] == ("ok", "ok   W&B: online")
 
 
 def test_a_step_that_fails(findings, monkeypatch):
