@@ -92,7 +92,7 @@ def test_data_and_a_key_that_are_damaged(root, findings, monkeypatch):
     folder.rename(root / "data/shapes")  # where DVC has its own, which it would make again
     for other in ([], ["data.seed=3"]):
         found, error = findings("wandb.mode=online", *other)
-        assert found["data"] == ("note", "note data: shapes is not prepared yet, which the first run does") and not error
+        assert found["data"][1] == "note data: shapes is not prepared yet, which the first run does" and not error
         assert found["W&B"] == ("ok", "ok   W&B: online")
 
 
