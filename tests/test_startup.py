@@ -44,7 +44,7 @@ def test_what_needs_no_network_imports_none(tmp_path):
     for k, (arguments, code) in enumerate(CODES.items()):
         found, imported = json.loads((tmp_path / f"{k}.json").read_text())
         assert (found, HEAVY & {*imported}) == (code, set()), f"{arguments}: {done.stderr}"
-        assert "hydra" in imported
+        assert "modeling" in imported
 
 
 @pytest.mark.no_cover

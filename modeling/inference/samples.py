@@ -46,6 +46,10 @@ class DenoisingStrip:
         self.frames: dict[int, Tensor] = {}  # uint8 [count, C, H, W] by time step
         self.complete = False
 
+    def rows(self) -> int:
+        """How many samples it has seen from the first frame to the last."""
+        return len(self.frames[self.last]) if self.complete else 0
+
     def __call__(self, x_t: Tensor, t: Tensor) -> None:
         if self.complete:
             return

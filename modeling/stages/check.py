@@ -94,9 +94,9 @@ def _data(config: Config) -> tuple[Prepared | None, Finding]:
         try:
             prepared = Prepared(folder)
             if prepared.source == affects(config.data, "weights"):
-                count = len(prepared.train.images) + len(prepared.test.images)  # their checksums are verified
+                counts = f"{len(prepared.train.images):,} + {len(prepared.test.images):,}"  # the checksums are verified
                 sha256 = prepared.sha256["train"][:12]
-                text = f"data: {name}, {count:,} images with those to test, SHA-256 {sha256}, in {folder}"
+                text = f"data: {name}, {counts} images, SHA-256 {sha256}, in {folder}"
                 return prepared, Finding(OK, text)
         except UserError as error:
             if folder == own:  # DVC makes its own anew

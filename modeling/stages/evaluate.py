@@ -63,7 +63,8 @@ def run(config: Config, out: Path) -> None:
     count = max(config.sampler.num_samples, config.evaluation.num_samples)
     drawn = torch.cat([*configured_samples(config, model, meta, count, compute, strip)])
     images = drawn[: config.sampler.num_samples]
-    if not from_first(lambda: strip.complete):  # the first samples were kept by an earlier evaluation
+    wanted = min(strip.count, config.sampler.batch_size)
+    if not from_first(lambda: strip.rows() >= wanted):  # samples are kept, or the first of several processes drew few
         # As many in each process: the strip watches the share of the first one.
         draw_configured(config, model, meta, range(strip.count * world_size()), compute, strip)
     if isinstance(inception, str):
@@ -77,7 +78,8 @@ def run(config: Config, out: Path) -> None:
     report |= {"nearest_rms": found.rms[:, 0].mean().item(), "nearest_rms_of_test_images": held_out.rms.mean().item()}
     _save_pictures(target, images, found, strip, config, model, meta)
     _mention_nan(report, f"too few images, {len(data.train.images)} to train and {len(data.test.images)} to test")
-    made = {"weights_sha256": meta["sha256"], "made_with": evaluated_with(config)}  # W&B has them in its configuration
+    made = {"weights_sha256": meta["sha256"], "data_sha256": data.sha256, "variance": model.variance}
+    made["made_with"] = evaluated_with(config)  # which W&B has in its configuration
     write_json(target / "evaluate-details.json", report | made)
     write_json(target / "evaluate.json", _metrics(report))
     log_evaluation(config, meta, report, target)
@@ -93,10 +95,10 @@ def _check_data(data: Prepared, name: str, model: DiffusionModel, meta: dict[str
         first = next((f": {a} in place of {b}" for a, b in zip(data.classes, known, strict=False) if a != b), "")
         learned = f"the {len(known)} that the model has learned"
         raise ConfigError(f"data={name}: its {len(data.classes)} classes are not {learned}{first}")
-    if meta.get("data_sha256", data.sha256) != data.sha256:
-        log.warning(
-            "data=%s: not the images that the model was trained on, some of which may be among the test images", name
-        )
+    trained_on = meta.get("data_sha256")  # not of a file from before there was one
+    if isinstance(trained_on, dict) and trained_on.get("train") != data.sha256["train"]:
+        others = "some of which may be among the test images"
+        log.warning("data=%s: not the images that the model was trained on, %s", name, others)
 
 
 def _likelihood(config: Config, model: DiffusionModel, test: LabelledImages, compute: Compute) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from modeling.recipe import NO_RECIPE, command, composed, differences, flat
 from modeling.reliability.errors import UserError
 from modeling.reliability.files import state_root, write_atomic
 from modeling.reporting.curves import LOSSES
-from modeling.settings.groups import Config
+from modeling.settings.groups import Config, SamplerConfig
 
 log = logging.getLogger(__name__)
 MOST_POINTS = 2000  # of a curve, in its plot and in the page's data
@@ -44,10 +44,13 @@ def run(config: Config, out: Path) -> None:
         raise UserError(f"nothing to report in {source / 'reports'}: run stage=train first")
     path = source / "models" / "model.safetensors"
     meta = model_metadata(path)
-    if meta and results.evaluation.get("weights_sha256") not in (None, meta.get("sha256")):
-        log.warning("left out: the evaluation in %s, which is not of %s; run stage=evaluate", source / "reports", path)
+    if not _is_of(results.evaluation, meta):
+        log.warning(
+            "left out: the evaluation in %s, not of %s and its data; run stage=evaluate", source / "reports", path
+        )
         results = results.of_training()
     settings = _settings(config, source, meta) | results.evaluation.get("made_with", {})
+    settings["diffusion"]["variance"] = results.evaluation.get("variance", settings["diffusion"]["variance"])
     values = flat(settings)
     data = settings["data"]["name"]
     experiment = os.environ.get("DVC_EXP_NAME")
@@ -82,14 +85,25 @@ def run(config: Config, out: Path) -> None:
     log.info("report: %s", target)
 
 
+def _is_of(evaluation: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is of a model and the images that it was trained on, as far as both say so."""
+    of, own = ((found.get("data_sha256") or {}).get("train") for found in (evaluation, meta))
+    pairs = ((evaluation.get("weights_sha256"), meta.get("sha256")), (of, own))
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
 def _settings(config: Config, source: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration that the results were made with, but for what evaluation says itself, as nested values."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "named"}
-    params = source / "params.yaml"
+    named, params = config.named, source / "params.yaml"
     if config.out_dir is None and source == state_root() and params.exists():  # what DVC has run, not this command's
         settings |= OmegaConf.to_container(OmegaConf.load(params))  # type: ignore[arg-type]  # a mapping
+        named |= {"sampler"}
     recipe = dict(meta.get("config", {}))
-    recipe.pop("sampler", None)  # no part of the training: another one may have drawn the samples
+    method = recipe.pop("sampler", {})
+    if method and not {"sampler", "experiment"} & named:  # as where samples are drawn, see as_recipe in stages/sample.py
+        common = {f.name for f in dataclasses.fields(SamplerConfig)}
+        settings["sampler"] = {key: value for key, value in settings["sampler"].items() if key in common} | method
     settings["trainer"] |= recipe.pop("trainer", {})  # a model file knows only those of its keys that affect weights
     return settings | recipe
 

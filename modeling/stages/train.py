@@ -93,11 +93,7 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         "device_used": compute.describe(),
         "precision_used": run.parts["precision"],
     }
-    wandb_run = start_training_run(config, run, facts, grid_sampler(config.trainer))
-    progress = Progress(config.trainer, compute.device)
     shown = BatchSource(data.train, min(EXAMPLES, config.trainer.batch_size), config.seed, config.trainer.random_flip)
-    reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), data.classes if model.num_classes else [])
-    _announce(config, compute, data, parameters, run.folder)
     # Of the trainer's keys only those that change weights: else a resumed run would publish another file.
     recipe = {key: resolved[key] for key in RECIPE} | {"trainer": affects(config.trainer, "weights")}
     recipe["sampler"] = config.sampler.method()
@@ -108,11 +104,16 @@ def _train(config: Config, out: Path, run: Run, model: DiffusionModel, data: Pre
         "data_sha256": data.sha256,
         "steps": config.trainer.steps,
     }
-    about_checkpoint = about | {"fingerprint": run.name, "wandb_id": run.notes["wandb_id"]}
-    folder = CheckpointFolder(run.folder, about_checkpoint, run.start and run.start.path)
-    trainer = Trainer(config, model, data, compute, folder, reports)
+    progress = Progress(config.trainer, compute.device)
+    wandb_run = start_training_run(config, run, facts, grid_sampler(config.trainer))
     exit_code = 1
     try:
+        classes = data.classes if model.num_classes else []
+        reports = Reports(run, progress, wandb_run, to_uint8(shown.batch(0)), classes)
+        _announce(config, compute, data, parameters, run.folder)
+        about_checkpoint = about | {"fingerprint": run.name, "wandb_id": run.notes["wandb_id"]}
+        folder = CheckpointFolder(run.folder, about_checkpoint, run.start and run.start.path)
+        trainer = Trainer(config, model, data, compute, folder, reports)
         trainer.run()
         exit_code = 0
     except Stopped:

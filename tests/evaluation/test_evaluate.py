@@ -148,7 +148,8 @@ def test_an_evaluation_says_what_it_is_of(stage, tmp_path, monkeypatch, caplog):
     stage(evaluate, "sampler.steps=2", "sampler.num_samples=3", "evaluation.num_samples=20")
     found, (_, meta) = details(tmp_path), load_model(tmp_path / "models/model.safetensors")
     assert found["weights_sha256"] == meta["sha256"] and found["made_with"]["sampler"]["steps"] == 2
-    assert found["made_with"]["evaluation"]["num_samples"] == 20
+    assert found["made_with"]["evaluation"]["num_samples"] == 20 and found["variance"] == "fixed_small"
+    assert found["data_sha256"] == meta["data_sha256"]
     assert (found["wavelet_distance_samples"], found["wavelet_distance_test_images"]) == (20, 16)  # no more are there
     strip = (tmp_path / "reports/denoising.png").read_bytes()
 
@@ -164,6 +165,9 @@ def test_an_evaluation_says_what_it_is_of(stage, tmp_path, monkeypatch, caplog):
     stage(export, "diffusion.variance=fixed_large")
     scheduler = json.loads((tmp_path / "diffusers/scheduler/scheduler_config.json").read_text())
     assert scheduler["variance_type"] == "fixed_large" and meta["config"]["diffusion"]["variance"] == "fixed_small"
+    stage(prepare, "data.num_test=8")
+    stage(evaluate, "data.num_test=8", "diffusion.variance=fixed_large")
+    assert details(tmp_path)["variance"] == "fixed_large" and "not the images" not in caplog.text
     stage(prepare, "data.image_size=16")
     with pytest.raises(ConfigError, match=r"its images are \[3, 16, 16\], those of the model \[3, 8, 8\]"):
         stage(evaluate, "data.image_size=16")

@@ -59,11 +59,12 @@ def test_the_denoising_strip_is_what_the_first_samples_come_from(steps, spacing,
     model, sampler = network(False), group("sampler", "ddim", steps=steps, spacing=spacing, batch_size=3)
     strip = DenoisingStrip(model.schedule.alphas_cumprod, sampler, count=2, frames=3)
     draw_samples(model, sampler, range(1, 4), (3, 8, 8), CPU, watch=strip)  # without sample 0
-    assert not strip.frames and not strip.complete
+    assert not strip.frames and not strip.complete and strip.rows() == 0
     images = draw_samples(model, sampler, range(7), (3, 8, 8), CPU, watch=strip)
     assert strip.complete and list(strip.frames) == shown
     x_T = SampleNoise(sampler.seed, range(2), (3, 8, 8), "cpu")()
     assert torch.equal(strip.frames[9], to_uint8(x_T))
+    assert strip.rows() == 2
     kept = {t: frame.clone() for t, frame in strip.frames.items()}
     draw_samples(model, sampler, range(7, 9), (3, 8, 8), CPU, watch=strip)  # a later batch is not watched
     assert all(torch.equal(strip.frames[t], frame) for t, frame in kept.items())

@@ -104,7 +104,21 @@ def test_the_sampler_is_the_one_of_the_evaluation_and_its_numbers_are_of_the_mod
     page = made(published, "experiment=tiny")
     assert page.data["evaluation"] == {} and page.data["metrics"] == {"images": 4800, "images_per_second": 230.4}
     assert {*report.PICTURES.values()} & {*page.text["h2"]} == {"Samples from the same noise during training"}
-    assert "is not of" in caplog.text and page.data["config"]["sampler"]["name"] == "ddim"
+    assert "not of" in caplog.text and page.data["config"]["sampler"]["name"] == "ddim"
+    sampler = made(published).data["config"]["sampler"]  # nobody has named one
+    assert (sampler["name"], sampler["steps"]) == ("ddpm", 20) and sampler["seed"] == 0
+
+
+@pytest.mark.parametrize(("of_data", "shown"), [({"train": "a"}, True), (None, True), ({"train": "b"}, False)])
+def test_an_evaluation_on_other_data_is_left_out(published, of_data, shown):
+    (published / "models").mkdir()
+    about = json.dumps({"config": {}, "sha256": "5a" * 32, "data_sha256": {"train": "a"}})
+    save_file({"w": np.zeros(1)}, published / "models/model.safetensors", {"config": about})
+    details = {"weights_sha256": "5a" * 32, "variance": "fixed_large"} | ({"data_sha256": of_data} if of_data else {})
+    write_json(published / "reports/evaluate-details.json", EVALUATION | details)
+    page = made(published, "experiment=tiny")
+    assert ("bits_per_dim" in page.data["metrics"]) == shown
+    assert page.data["config"]["diffusion"]["variance"] == ("fixed_large" if shown else "fixed_small")
 
 
 def test_names_are_text(published, monkeypatch):
