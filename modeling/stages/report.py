@@ -101,7 +101,7 @@ def _settings(config: Config, source: Path, meta: Mapping[str, Any]) -> dict[str
         named |= {"sampler"}
     recipe = dict(meta.get("config", {}))
     method = recipe.pop("sampler", {})
-    if method and not {"sampler", "experiment"} & named:  # as where samples are drawn, see as_recipe in stages/sample.py
+    if method and not {"sampler", "experiment"} & named:  # as for samples, see as_recipe in stages/sample.py
         common = {f.name for f in dataclasses.fields(SamplerConfig)}
         settings["sampler"] = {key: value for key, value in settings["sampler"].items() if key in common} | method
     settings["trainer"] |= recipe.pop("trainer", {})  # a model file knows only those of its keys that affect weights
