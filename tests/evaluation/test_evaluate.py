@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -176,6 +177,17 @@ def test_an_evaluation_says_what_it_is_of(stage, tmp_path, monkeypatch, caplog):
     stage(prepare, "data.seed=5")
     stage(evaluate, "data.seed=5")
     assert "data=shapes: not the images that the model was trained on" in caplog.text
+
+
+def test_a_training_that_cannot_begin_ends_its_run_of_wandb(stage, monkeypatch):
+    """Else the next job of a sweep, in the same process, would go on with it."""
+    wandb_run = Mock()
+    monkeypatch.setattr(train, "start_training_run", lambda *_: wandb_run)
+    monkeypatch.setattr(train, "Trainer", Mock(side_effect=MemoryError))
+    stage(prepare)
+    with pytest.raises(MemoryError):
+        stage(train)
+    wandb_run.finish.assert_called_once_with(1)
 
 
 def test_a_model_of_classes_is_evaluated_on_these_alone(stage, tmp_path):
