@@ -240,7 +240,9 @@ def test_samplers_of_a_trained_model(tmp_path, monkeypatch, capsys):
     assert "\nmixture, cosine:\n\n| sampler, spacing | 3 | 20 | 50 |\n|---|---|---|---|\n| ddim, uniform | " in printed
     assert printed.count("**") >= 2 * (2 * 2 + 2 * 3)
     assert (tmp_path / "samplers.png").exists()
-    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        distances.main(arguments=["--samples=17", *out, "data=shapes_tiny"])
+    assert capsys.readouterr().err == "error: --samples=17: there are 16 test images to compare with\n"
     found = distances.main(arguments=["--samples=12", f"--out={tmp_path / 'distances'}", *out, "data=shapes_tiny"])
     sets = [row["images"] for row in found["rows"]]
     assert sets[0] == "test images" and len(sets) == 15 and sets[-1].startswith("1 steps: ddim, 5 steps, seed 0")

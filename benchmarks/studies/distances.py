@@ -24,6 +24,7 @@ from benchmarks.project import RESULTS, compute_of, configure
 from modeling.data.prepared import LabelledImages, ensure_prepared
 from modeling.evaluation.distance import Normal, frechet_distances, packet_sums, wavelet_distance, wavelet_packets
 from modeling.inference.samples import draw_samples
+from modeling.reliability.errors import UserError
 from modeling.stages.sample import as_recipe, load_for
 
 MANY = 20_000  # training images for the columns that are only compared with
@@ -92,6 +93,8 @@ def measure(overrides: list[str], samples: int, models: str) -> dict[str, Any]:
     """A row for each set of images."""
     config = configure(*overrides)
     data = ensure_prepared(config, config.data)
+    if samples > (there := len(data.test.images)):  # a smaller set is further away for that alone
+        raise UserError(f"--samples={samples}: there are {there} test images to compare with")
     train = data.train.images
     reference, some = packet_sums(train).normal(), train[:: max(1, len(train) // MANY)]
     raw, few = _packets_themselves(some), some[:: max(1, len(some) // 2000)]

@@ -70,6 +70,9 @@ def test_the_denoising_strip_is_what_the_first_samples_come_from(steps, spacing,
     assert all(torch.equal(strip.frames[t], frame) for t, frame in kept.items())
     alone = DenoisingStrip(model.schedule.alphas_cumprod, sampler, count=1, frames=3)
     draw_samples(model, sampler, range(1), (3, 8, 8), CPU, watch=alone)
+    few = DenoisingStrip(model.schedule.alphas_cumprod, sampler, count=2, frames=3)
+    draw_samples(model, sampler, range(1), (3, 8, 8), CPU, watch=few)
+    assert few.rows() == 1
     assert torch.equal(alone.frames[9], strip.frames[9][:1])
     # From the last x_t on, the sampler returns the prediction of x_0.
     if steps == 4:
